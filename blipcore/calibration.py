@@ -1,0 +1,71 @@
+"""One score and one probability from ITM and ITC, chosen and fitted on a development split.
+
+BLIP ranks by ITM logit + ITC cosine. How much the cosine should weigh depends on the model, so the weight is
+recorded with it; a logistic curve (Platt 1999) turns the fused score into a probability of a match.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias).
+
+    The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the
+    curve was fitted.
+    """
+
+    itc_weight: float = 1.0
+    scale: float = 1.0
+    bias: float = 0.0
+    calibrated: bool = False
+
+    def fused(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
+        """ITM margins and ITC cosines of the same shape -> ranking scores."""
+        return margin + self.itc_weight * itc
+
+    def probability(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
+        """-> match probabilities in [0, 1], in the same order as the fused scores."""
+        score = self.fused(margin, itc) if self.calibrated else margin
+        return sigmoid(self.scale * score + self.bias)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function, without overflow."""
+    return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))
+
+
+def fit_platt(score: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float, float]:
+    """Logistic regression of truth (0/1) on one score, by Newton's method. -> (scale, bias)."""
+    x = np.stack([score, np.ones_like(score)], 1).astype(np.float64)
+    weights = np.zeros(2)
+    for _ in range(steps):
+        p = sigmoid(x @ weights)
+        gradient = x.T @ (truth - p) - 1e-6 * weights
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
+        weights += np.linalg.solve(curvature, gradient)
+    return float(weights[0]), float(weights[1])
+
+
+def choose_itc_weight(margin: np.ndarray, itc: np.ndarray, own: np.ndarray, grid: np.ndarray) -> float:
+    """The weight with the best mean of recall@1 and recall@5 over candidates.
+
+    Args:
+        margin, itc: [Q, k], candidates of each query.
+        own: bool [Q, k], the right candidate (rows without one count as missed).
+        grid: weights to try.
+    """
+
+    def quality(weight: float) -> float:
+        fused = margin + weight * itc
+        best_own = np.where(own, fused, -np.inf).max(1)
+        rank = (fused >= best_own[:, None]).sum(1) - own.sum(1).clip(max=1)
+        found = own.any(1)
+        return float(((rank < 1) & found).mean() + ((rank < 5) & found).mean())
+
+    return float(max(grid, key=quality))

@@ -1,0 +1,241 @@
+"""Model folders: load and save BLIP in the hub's format (config.json, safetensors, tokenizer.json).
+
+A folder is one of: a model of this project (both text towers, tied), a transformers checkpoint of
+BlipForImageTextRetrieval, BlipForConditionalGeneration or BlipForQuestionAnswering, or a folder of such parts
+named retrieval, captioning and vqa, as `photoblip models download` lays them out.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.models.blip.configuration_blip import BlipConfig
+
+from blipcore.calibration import Scoring
+from blipcore.errors import ModelError
+from blipcore.models.blip import Blip
+from blipcore.models.vqa import BlipVqa
+from blipcore.transforms import Normalizer, TextTokenizer
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's own files
+
+# Opens a tied folder in plain transformers as a captioner:
+#     BlipForConditionalGeneration.from_pretrained(folder, key_mapping=CAPTIONING_KEY_MAPPING)
+# (BlipForImageTextRetrieval.from_pretrained(folder) needs no mapping.) The file holds each shared tensor once,
+# under the encoder's name.
+CAPTIONING_KEY_MAPPING = {
+    r"^text_encoder\.embeddings\.": "text_decoder.bert.embeddings.",
+    r"^text_encoder\.encoder\.layer\.(\d+)\.(crossattention|intermediate|output)\.": (
+        r"text_decoder.bert.encoder.layer.\1.\2."
+    ),
+}
+
+
+@dataclass
+class LoadedModel:
+    """What a folder held. A part that it lacks is None."""
+
+    name: str
+    fingerprint: str
+    tokenizer: TextTokenizer
+    normalize: Normalizer
+    retrieval: Blip | None = None
+    captioner: Blip | None = None  # the same object as `retrieval` where one network does both
+    vqa: BlipVqa | None = None
+    scoring: Scoring = field(default_factory=Scoring)
+    prompt: str = ""
+
+
+def load_folder(folder: Path, name: str | None = None) -> LoadedModel:
+    """Load a model folder on the CPU in float32. Raises ModelError naming what is missing."""
+    folder = Path(folder)
+    parts = [part for part in ("retrieval", "captioning", "vqa") if (folder / part / "config.json").exists()]
+    folders = [folder / part for part in parts] or [folder]
+    loaded = LoadedModel(
+        name=name or folder.name,
+        fingerprint=fingerprint(folders),
+        tokenizer=TextTokenizer(_need(folders[0], "tokenizer.json")),
+        normalize=_normalizer(folders[0]),
+    )
+    for part in folders:
+        _load_part(loaded, part)
+    return loaded
+
+
+def _load_part(loaded: LoadedModel, folder: Path) -> None:
+    """Build the networks one folder describes, by the architecture its config names."""
+    config = read_config(folder)
+    architecture = (config.architectures or ["BlipForImageTextRetrieval"])[0]
+    state = read_weights(folder)
+    extras = _read_json(folder / EXTRAS)
+    loaded.prompt = extras.get("caption_prompt", loaded.prompt)
+    if "scoring" in extras:
+        loaded.scoring = Scoring(**extras["scoring"])
+    if architecture == "BlipForQuestionAnswering":
+        loaded.vqa = _fill(BlipVqa(config), state, folder)
+    elif architecture == "BlipForConditionalGeneration":
+        loaded.captioner = _fill(Blip(config, retrieval=False), state, folder)
+        loaded.prompt = extras.get("caption_prompt", "a picture of ")
+    elif architecture == "BlipForImageTextRetrieval":
+        tied = any(key.startswith("text_decoder.") for key in state)
+        loaded.retrieval = _fill(Blip(config, captioning=tied), state, folder)
+        loaded.captioner = loaded.retrieval if tied else loaded.captioner
+    else:
+        raise ModelError(f"{folder} holds a {architecture}, which is not a BLIP that photoblip can run")
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module:
+    """Copy the weights in, and insist that every weight the model needs was there."""
+    if hasattr(model, "text_decoder"):
+        _tie_head(model, state)
+    missing, _ = model.load_state_dict(state, strict=False)
+    optional = {"temp", *_shared_names(model)}
+    missing = [key for key in missing if key not in optional and not key.endswith("position_ids")]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the model's weights (the first is {missing[0]}): "
+            "it is damaged or of another kind; download it again"
+        )
+    return model.eval()
+
+
+def _tie_head(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """transformers saves the tied LM head once, under one of two names; make both point to one tensor."""
+    head = model.text_decoder.cls.predictions
+    head.decoder.weight = model.text_decoder.bert.embeddings.word_embeddings.weight
+    head.decoder.bias = head.bias
+    bias = "text_decoder.cls.predictions.bias"
+    if bias not in state and f"{bias[:-5]}.decoder.bias" in state:
+        state[bias] = state[f"{bias[:-5]}.decoder.bias"]
+
+
+def _shared_names(model: nn.Module) -> set[str]:
+    """Names under which a tensor appears a second time: absent from a file that holds each tensor once."""
+    seen, again = set(), set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        (again if id(tensor) in seen else seen).add(name if id(tensor) in seen else id(tensor))
+    return again
+
+
+def read_config(folder: Path) -> BlipConfig:
+    """config.json as transformers' BlipConfig."""
+    values = json.loads(_need(folder, "config.json").read_text(encoding="utf-8"))
+    if values.get("model_type") != "blip":
+        raise ModelError(f"{folder} holds a model of type {values.get('model_type')!r}, not a BLIP")
+    return BlipConfig.from_dict(values)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder's safetensors files, as float32. Pickled weights are never read."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no safetensors weights, and photoblip loads nothing else")
+    state = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                state |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ModelError(f"{file} is damaged ({error}): download or build the model again") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def fingerprint(folders: list[Path]) -> str:
+    """What tells two models apart: a hash of the weights files' sizes, first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 20))
+            data.seek(max(0, size - (1 << 20)))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
+
+
+def save(
+    model: Blip,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    *,
+    mean,
+    std,
+    scoring: Scoring | None = None,
+    prompt: str = "",
+) -> Path:
+    """Write a model folder: weights in float16, each shared tensor once, config, tokenizer, scoring.
+
+    The folder opens in `load_folder` and in plain transformers (see CAPTIONING_KEY_MAPPING).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = _shared_names(model)
+    state = {
+        name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items() if name not in shared
+    }
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"architectures": ["BlipForImageTextRetrieval"], "dtype": "float32"}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", _preprocessor(model.config, mean, std))
+    _save_tokenizer(tokenizer, folder)
+    extras = {"caption_prompt": prompt} | ({"scoring": scoring.as_dict()} if scoring else {})
+    _write_json(folder / EXTRAS, extras)
+    return folder
+
+
+def _save_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
+    values = _read_json(tokenizer.file) | {"truncation": None, "padding": None}
+    _write_json(folder / "tokenizer.json", values, indent=None)
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
+    _write_json(folder / "tokenizer_config.json", settings | names | {"mask_token": "[MASK]"})
+
+
+def _preprocessor(config: BlipConfig, mean, std) -> dict:
+    size = config.vision_config.image_size
+    return {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_convert_rgb": True,
+    }
+
+
+def _normalizer(folder: Path) -> Normalizer:
+    values = _read_json(folder / "preprocessor_config.json")
+    return Normalizer(values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD))
+
+
+def _need(folder: Path, name: str) -> Path:
+    file = Path(folder) / name
+    if not file.exists():
+        raise ModelError(f"{folder} is not a model folder: it has no {name}")
+    return file
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _write_json(file: Path, values: dict, indent: int | None = 2) -> None:
+    file.write_text(json.dumps(values, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_trained(preset_config: BlipConfig, file: Path) -> Blip:
+    """A training run's weights.pt in a fresh model."""
+    model = Blip(preset_config)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model.eval()

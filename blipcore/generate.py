@@ -1,0 +1,107 @@
+"""Captions from the decoder: beam search, then the matching model picks among the beams.
+
+Generation settings as salesforce/BLIP `models/blip.py`: 3 beams, 20 tokens with the prompt, at least 5.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blipcore.models.blip import Blip
+from blipcore.transforms import TextTokenizer
+
+
+class Caption(NamedTuple):
+    """A text for a photo and how sure the matching model is that it fits, 0 to 1 (None without a matching model)."""
+
+    text: str
+    score: float | None
+
+
+@torch.no_grad()
+def caption_candidates(
+    model: Blip,
+    image_embeds: Tensor,
+    tokenizer: TextTokenizer,
+    *,
+    prompt: str = "",
+    beams: int = 3,
+    candidates: int = 3,
+    max_length: int = 20,
+    min_length: int = 5,
+    sample: bool = False,
+) -> list[list[str]]:
+    """Image tokens [B, N, D] -> up to `candidates` different captions for each, the likeliest first.
+
+    With `sample`, nucleus sampling (top_p 0.9, repetition penalty 1.1) as CapFilt draws its captions.
+    """
+    config = model.config.text_config
+    start = prompt_ids(tokenizer, prompt, config.bos_token_id).to(image_embeds.device)
+    options = {"num_beams": max(beams, candidates), "do_sample": False}
+    if sample:
+        options = {"num_beams": 1, "do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1}
+    ids = model.text_decoder.generate(
+        input_ids=start.expand(len(image_embeds), -1),
+        attention_mask=torch.ones(len(image_embeds), start.shape[1], dtype=torch.long, device=start.device),
+        encoder_hidden_states=image_embeds.to(model.text_decoder.dtype),
+        eos_token_id=config.sep_token_id,
+        pad_token_id=config.pad_token_id,
+        max_length=max_length,
+        min_length=min(min_length, max_length),
+        no_repeat_ngram_size=3,  # "a man with a hat on top of a hat on top of a hat" (LAVIS #713)
+        num_return_sequences=candidates,
+        **options,
+    )
+    texts = [tidy(tokenizer.decode(row[start.shape[1] :].tolist())) for row in ids]
+    grouped = [texts[i : i + candidates] for i in range(0, len(texts), candidates)]
+    return [list(dict.fromkeys(group)) for group in grouped]
+
+
+def prompt_ids(tokenizer: TextTokenizer, prompt: str, dec_token_id: int) -> Tensor:
+    """[1, P] ids that start the decoder: `[DEC]`, then the prompt's words, without `[SEP]`."""
+    ids, _ = tokenizer([prompt])
+    ids = ids[:, :-1].clone()
+    ids[:, 0] = dec_token_id
+    return ids
+
+
+def tidy(text: str) -> str:
+    """Decoded WordPieces -> plain text: no dangling article or preposition, spaces and quotes put right."""
+    words = text.replace(" ' ", "'").replace(" - ", "-").replace(" ,", ",").split()
+    while words and words[-1] in _DANGLING:
+        words.pop()
+    return " ".join(words)
+
+
+_DANGLING = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "and",
+        "with",
+        "in",
+        "on",
+        "at",
+        "to",
+        "for",
+        "by",
+        "from",
+        "as",
+        "while",
+        "near",
+        "is",
+        "are",
+        ",",
+        "-",
+    ]
+)
+
+
+def pick(candidates: Sequence[str], scores: Sequence[float]) -> Caption:
+    """The candidate the matching model believes most; the likelier one where they tie."""
+    best = max(range(len(candidates)), key=lambda i: (scores[i], -i))
+    return Caption(candidates[best], scores[best])

@@ -1,0 +1,1 @@
+"""What the models are: architectures and presets, no training and no files."""

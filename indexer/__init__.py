@@ -1,0 +1,5 @@
+"""indexer keeps the library: `from indexer import PhotoLibrary`."""
+
+from indexer.library import PhotoLibrary
+
+__all__ = ["PhotoLibrary"]

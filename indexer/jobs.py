@@ -1,0 +1,468 @@
+"""Batch jobs that can be stopped at any moment: index folders, embed with another model, write captions.
+
+A job keeps no state of its own beside the catalog: what is committed is done, and running the job again does
+the rest. Each batch is one transaction that holds photos, vectors, failures and the job's progress together.
+"""
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from indexer.catalog import (
+    Catalog,
+    add_root,
+    bump_generation,
+    chunks,
+    forget_failures,
+    is_present,
+    job_progress,
+    now,
+    record_failure,
+    under,
+)
+from indexer.config import LibraryPaths
+from indexer.decode_pool import decode_all
+from indexer.embed import BATCH_SIZE, Batch, embed_batches
+from indexer.errors import LibraryBusy, LibraryError, UnreadablePhoto
+from indexer.images import DecodedPhoto, thumbnail_path
+from indexer.scan import ScannedFile, ScanProblem, walk
+from indexer.schema import Caption, Embedding, Failure, File, Photo
+
+CAPTION_BATCH = 8
+
+
+@dataclass
+class SyncReport:
+    """What an index run did. Every file it met is counted once, in one of the first five."""
+
+    added: int = 0
+    updated: int = 0  # changed content, or back after it was missing
+    moved: int = 0
+    unchanged: int = 0
+    failed: int = 0  # files that cannot be used, those known from earlier runs among them
+    missing: int = 0  # known files that are gone
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is: for a progress bar. `total` is None until it is known."""
+
+    done: int
+    total: int | None
+    failed: int
+    path: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@contextmanager
+def exclusive(paths: LibraryPaths) -> Iterator[None]:
+    """Hold the library's job lock. Raises LibraryBusy where another process or thread holds it.
+
+    The system frees the lock when its holder dies, however it dies.
+    """
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(paths.lock, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LibraryBusy(
+            f"another job is at work on {paths.folder}: wait for it or stop it, then run this again"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def recorded(catalog: Catalog, kind: str, arguments: dict) -> Iterator[int]:
+    """A job's row: running inside the block, then done, interrupted (Ctrl-C, a closed consumer) or failed."""
+    job_id = catalog.start_job(kind, arguments)
+    try:
+        yield job_id
+    except (KeyboardInterrupt, GeneratorExit):
+        catalog.finish_job(job_id, "interrupted")
+        raise
+    except BaseException:
+        catalog.finish_job(job_id, "failed")
+        raise
+    catalog.finish_job(job_id, "done")
+
+
+# -- index --------------------------------------------------------------------------------------------------
+
+
+class IndexJob:
+    """Bring the catalog level with folders on disk.
+
+    Args:
+        load_encoder: called at the first photo that needs a vector: a run with nothing to do loads no model.
+        workers: decoding processes; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        paths: LibraryPaths,
+        load_encoder: Callable,
+        *,
+        workers: int = 2,
+        batch_size: int = BATCH_SIZE,
+        progress: ProgressCallback | None = None,
+    ):
+        self.catalog, self.paths, self.load_encoder = catalog, paths, load_encoder
+        self.workers, self.batch_size, self.progress = workers, batch_size, progress
+        self.report = SyncReport()
+        self._seen: set[int] = set()  # ids of catalogued files that the walk met
+        self._problems: set[str] = set()  # what the walk itself reported
+        self._blocked: list[str] = []  # folders the walk could not enter: nothing below them is missing
+        self._done = 0
+
+    def run(self, folders: Sequence[str | Path]) -> SyncReport:
+        """Index these folders. Raises LibraryError for a folder that is absent and was never indexed."""
+        started = time.monotonic()
+        roots = [os.path.abspath(os.path.expanduser(folder)) for folder in folders]  # noqa: PTH100, PTH111
+        present = [root for root in roots if self._usable(root)]
+        with recorded(self.catalog, "index", {"folders": roots}) as job_id:
+            self._job_id = job_id
+            self._counter = _Counter(present)
+            try:
+                for root in present:
+                    self._index_root(root)
+            finally:
+                self._counter.stop()
+        self.report.seconds = round(time.monotonic() - started, 3)
+        return self.report
+
+    def _usable(self, root: str) -> bool:
+        """Whether a root is there. A root that vanished whole (an unmounted disk) leaves its photos alone."""
+        known = self.catalog.scalar(
+            select(func.count()).select_from(File).where(under(File.path, root), File.missing_since.is_(None))
+        )
+        if not Path(root).exists():
+            if not known:
+                raise LibraryError(f"{root} does not exist: check the name, or mount the disk it is on")
+            self._warn(f"{root} is not there (a disk that is not mounted?): its {known} photos are left as they are")
+            return False
+        if known and Path(root).is_dir() and next(walk(root), None) is None:
+            self._warn(f"{root} is empty (a disk that is not mounted?): its {known} photos are left as they are")
+            return False
+        return True
+
+    def _warn(self, message: str) -> None:
+        self.report.warnings.append(message)
+
+    def _index_root(self, root: str) -> None:
+        with self.catalog.transaction() as connection:
+            add_root(connection, root)
+        for met in (self._seen, self._problems, self._blocked):
+            met.clear()
+        pending = self._pending(root)
+        first = next(pending, None)
+        if first is not None:
+            self._embed(itertools.chain([first], pending))
+        self._mark_missing(root)
+
+    def _embed(self, pending: Iterable[ScannedFile]) -> None:
+        encoder = self.load_encoder()
+        with self.catalog.transaction() as connection:
+            self._model_id = self.catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
+        decoded = decode_all(
+            pending,
+            input_size=encoder.input_size,
+            thumbnails=str(self.paths.thumbnails),
+            workers=self.workers,
+        )
+        for batch in embed_batches(decoded, encoder.embed_pixels, self.batch_size):
+            self._store(batch)
+
+    def _pending(self, root: str) -> Iterator[ScannedFile]:
+        """Files that must be read: new, changed, or failed before and changed since."""
+        for group in chunks(walk(root)):
+            problems = [item for item in group if isinstance(item, ScanProblem)]
+            files = [item for item in group if isinstance(item, ScannedFile)]
+            if problems:
+                self._store_problems(problems)
+            yield from self._unknown(files)
+
+    def _store_problems(self, problems: list[ScanProblem]) -> None:
+        self.report.failed += len(problems)
+        self._problems |= {problem.path for problem in problems}
+        self._blocked += [problem.path for problem in problems if problem.reason == "permission"]
+        with self.catalog.transaction() as connection:
+            for problem in problems:
+                record_failure(connection, problem.path, problem.reason, problem.detail)
+        self._advance(len(problems), problems[-1].path)
+
+    def _unknown(self, files: list[ScannedFile]) -> Iterator[ScannedFile]:
+        names = [file.path for file in files]
+        known = {row.path: row for row in self.catalog.rows(select(*File.__table__.c).where(File.path.in_(names)))}
+        failed = {
+            row.path: row for row in self.catalog.rows(select(*Failure.__table__.c).where(Failure.path.in_(names)))
+        }
+        returned = []
+        for file in files:
+            row, failure = known.get(file.path), failed.get(file.path)
+            if row is not None:
+                self._seen.add(row.id)
+            if failure is not None and _stat(file) == (failure.size, failure.mtime_ns, failure.ctime_ns):
+                self.report.failed += 1
+                self._advance(1, file.path)
+            elif row is None or (row.size, row.mtime_ns) != (file.size, file.mtime_ns) or failure is not None:
+                yield file
+            elif row.missing_since is not None:
+                returned.append(row.id)
+                self.report.updated += 1
+                self._advance(1, file.path)
+            else:
+                self.report.unchanged += 1
+                self._advance(1, file.path)
+        self._bring_back(returned)
+
+    def _bring_back(self, file_ids: list[int]) -> None:
+        if file_ids:
+            with self.catalog.transaction() as connection:
+                connection.execute(update(File).where(File.id.in_(file_ids)).values(missing_since=None))
+                bump_generation(connection)
+
+    def _store(self, batch: Batch) -> None:
+        """One transaction: photos, files, vectors, failures, progress."""
+        with self.catalog.transaction() as connection:
+            for file, photo, vector in zip(batch.files, batch.photos, batch.vectors, strict=True):
+                photo_id = _photo_id(connection, photo)
+                self._count(*_place_file(connection, file, photo_id))
+                row = upsert(Embedding).values(model_id=self._model_id, photo_id=photo_id, vector=vector.tobytes())
+                connection.execute(row.on_conflict_do_nothing())
+            forget_failures(connection, [file.path for file in batch.files])
+            for file, error in batch.failures:
+                record_failure(connection, file.path, error.reason, error.detail, _stat(file))
+                # the path no longer holds the photo that it held
+                connection.execute(update(File).where(File.path == file.path).values(missing_since=now()))
+            bump_generation(connection)
+            self.report.failed += len(batch.failures)
+            done = self._done + len(batch.files) + len(batch.failures)
+            job_progress(connection, self._job_id, done, self.report.failed, self._counter.total)
+        last = batch.files[-1].path if batch.files else batch.failures[-1][0].path
+        self._advance(len(batch.files) + len(batch.failures), last)
+
+    def _count(self, what: str, file_id: int) -> None:
+        setattr(self.report, what, getattr(self.report, what) + 1)
+        self._seen.add(file_id)
+
+    def _advance(self, count: int, path: str) -> None:
+        self._done += count
+        if self.progress:
+            self.progress(Progress(self._done, self._counter.total, self.report.failed, path))
+
+    def _mark_missing(self, root: str) -> None:
+        """Mark files below the root that the walk did not meet; forget failures of files that are gone."""
+        query = select(File.id, File.path).where(under(File.path, root), File.missing_since.is_(None))
+        gone = [row.id for row in self.catalog.rows(query) if row.id not in self._seen and not self._hidden(row.path)]
+        query = select(Failure.path, Failure.size).where(under(Failure.path, root))
+        mended = [row.path for row in self.catalog.rows(query) if self._mended(row)]
+        with self.catalog.transaction() as connection:
+            for part in chunks(gone):
+                connection.execute(update(File).where(File.id.in_(part)).values(missing_since=now()))
+            forget_failures(connection, mended)
+            if gone:
+                bump_generation(connection)
+        self.report.missing += len(gone)
+
+    def _mended(self, failure) -> bool:
+        """A failure of the walk that did not come up again, or of a file that is gone."""
+        if failure.path in self._problems or self._hidden(failure.path):
+            return False
+        return failure.size is None or not os.path.lexists(failure.path)
+
+    def _hidden(self, path: str) -> bool:
+        return any(path.startswith(folder.rstrip("/") + "/") for folder in self._blocked)
+
+
+class _Counter:
+    """Counts the files of a run in a thread, so that the bar knows its end before the walk does."""
+
+    def __init__(self, roots: list[str]):
+        self.total: int | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._count, args=(roots,), daemon=True)
+        self._thread.start()
+
+    def _count(self, roots: list[str]) -> None:
+        count = 0
+        for _ in itertools.chain.from_iterable(walk(root) for root in roots):
+            count += 1
+            if self._stopped.is_set():
+                return
+        self.total = count
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def _stat(file: ScannedFile) -> tuple[int, int, int]:
+    return file.size, file.mtime_ns, file.ctime_ns
+
+
+def _photo_id(connection: Connection, photo: DecodedPhoto) -> int:
+    """The row of this content, made where there is none."""
+    known = connection.execute(select(Photo.id).where(Photo.content_hash == photo.content_hash)).scalar()
+    if known is not None:
+        return known
+    values = asdict(photo.info) | {
+        "content_hash": photo.content_hash,
+        "bytes": photo.bytes,
+        "added_at": now(),
+    }
+    return connection.execute(insert(Photo).values(values)).inserted_primary_key[0]
+
+
+def _place_file(connection: Connection, file: ScannedFile, photo_id: int) -> tuple[str, int]:
+    """Record where a photo lies. -> (which count of the report it is, the file's row).
+
+    A row of the same photo whose path is gone from disk is this file under its old name: it moves, and keeps
+    whatever hangs on it.
+    """
+    values = {"photo_id": photo_id, "size": file.size, "mtime_ns": file.mtime_ns, "missing_since": None}
+    same_path = connection.execute(select(File.id).where(File.path == file.path)).scalar()
+    if same_path is not None:
+        connection.execute(update(File).where(File.id == same_path).values(values))
+        return "updated", same_path
+    others = connection.execute(select(File.id, File.path).where(File.photo_id == photo_id).order_by(File.id))
+    gone = next((row.id for row in others.all() if not os.path.lexists(row.path)), None)
+    if gone is not None:
+        connection.execute(update(File).where(File.id == gone).values(path=file.path, **values))
+        return "moved", gone
+    return "added", connection.execute(insert(File).values(path=file.path, **values)).inserted_primary_key[0]
+
+
+# -- reindex ------------------------------------------------------------------------------------------------
+
+
+def embed_missing(
+    catalog: Catalog,
+    paths: LibraryPaths,
+    encoder,
+    *,
+    batch_size: int = BATCH_SIZE,
+    workers: int = 2,
+    progress: ProgressCallback | None = None,
+) -> int:
+    """Give every present photo that lacks one a vector of this model, from its thumbnail. -> the model's row.
+
+    Search goes on with the active model meanwhile; stopping loses at most a batch.
+    """
+    with catalog.transaction() as connection:
+        model_id = catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
+    with recorded(catalog, "reindex", {"model": encoder.name}) as job_id:
+        todo = _photos_without(catalog, model_id)
+        decoded = decode_all(
+            _pictures(catalog, paths, todo), input_size=encoder.input_size, thumbnails=None, workers=workers
+        )
+        done = failed = 0
+        for batch in embed_batches(decoded, encoder.embed_pixels, batch_size):
+            done, failed = done + len(batch.files) + len(batch.failures), failed + len(batch.failures)
+            with catalog.transaction() as connection:
+                for file, vector in zip(batch.files, batch.vectors, strict=True):
+                    values = {"model_id": model_id, "photo_id": file.photo_id, "vector": vector.tobytes()}
+                    connection.execute(upsert(Embedding).values(values).on_conflict_do_nothing())
+                bump_generation(connection)
+                job_progress(connection, job_id, done, failed, len(todo))
+            if progress:
+                progress(Progress(done, len(todo), failed))
+    return model_id
+
+
+def _photos_without(catalog: Catalog, model_id: int) -> list[int]:
+    has_vector = select(Embedding.photo_id).where(Embedding.model_id == model_id)
+    query = select(Photo.id).where(is_present(Photo.id), Photo.id.not_in(has_vector)).order_by(Photo.id)
+    return [row.id for row in catalog.rows(query)]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Something to decode for a photo: its thumbnail, or where that is gone one of its files."""
+
+    photo_id: int
+    path: str
+
+
+def _pictures(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
+    for part in chunks(photo_ids):
+        query = select(Photo.id, Photo.content_hash, func.min(File.path).label("path")).join(File)
+        query = query.where(Photo.id.in_(part), File.missing_since.is_(None)).group_by(Photo.id).order_by(Photo.id)
+        for row in catalog.rows(query):
+            thumbnail = thumbnail_path(paths.thumbnails, row.content_hash)
+            yield _Picture(row.id, str(thumbnail) if thumbnail.exists() else row.path)
+
+
+# -- captions -----------------------------------------------------------------------------------------------
+
+
+def caption_photos(
+    catalog: Catalog,
+    encoder,
+    load_picture: Callable,
+    photo_ids: Sequence[int],
+    *,
+    progress: ProgressCallback | None = None,
+) -> dict[int, tuple[str, float | None]]:
+    """Write a caption for each photo and keep it with its score and model; -> {photo id: (text, score)}.
+
+    Args:
+        load_picture: photo id -> a picture; its UnreadablePhoto skips that photo only.
+    """
+    written, failed = {}, 0
+    with recorded(catalog, "caption", {"photos": len(photo_ids), "model": encoder.name}) as job_id:
+        for group in chunks(photo_ids, CAPTION_BATCH):
+            pictures = {}
+            for photo_id in group:
+                try:
+                    pictures[photo_id] = load_picture(photo_id)
+                except UnreadablePhoto:
+                    failed += 1
+            captions = encoder.caption(list(pictures.values()))
+            with catalog.transaction() as connection:
+                for photo_id, caption in zip(pictures, captions, strict=True):
+                    store_caption(connection, photo_id, caption.text, encoder.name, caption.score)
+                    written[photo_id] = (caption.text, caption.score)
+                job_progress(connection, job_id, len(written) + failed, failed, len(photo_ids))
+            if progress:
+                progress(Progress(len(written) + failed, len(photo_ids), failed))
+    return written
+
+
+def store_caption(connection: Connection, photo_id: int, caption: str, model: str | None, score: float | None) -> None:
+    """Keep a caption: a model's replaces that model's earlier one; a user's (model None) stands beside."""
+    source = "user" if model is None else "generated"
+    if model is not None:
+        connection.execute(
+            delete(Caption).where(Caption.photo_id == photo_id, Caption.source == source, Caption.model == model)
+        )
+    values = {"photo_id": photo_id, "text": caption, "source": source, "model": model, "score": score}
+    connection.execute(insert(Caption).values(values, created_at=now()))
+
+
+def stop_on_sigterm() -> None:
+    """Let a polite kill end a job as Ctrl-C does: the batch at hand is rolled back, the job marked interrupted."""
+
+    def interrupt(_number, _frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,385 @@
+"""PhotoLibrary: the Python API. The command line and the app are thin layers over it."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import func, select
+
+from indexer import jobs
+from indexer.catalog import Catalog, chunks, is_present
+from indexer.config import DEFAULT_MODEL, LibraryPaths, default_library
+from indexer.embed import BATCH_SIZE
+from indexer.errors import LibraryError, ModelError, PhotoNotFound
+from indexer.images import open_image, thumbnail_path
+from indexer.query import Query
+from indexer.schema import Caption, Embedding, Failure, File, Photo, Root
+
+PICTURE_SIDE = 768
+
+
+class PhotoLibrary:
+    """A folder that knows your photos: a catalog, thumbnails and a vector index. Originals are only read.
+
+    Open with `PhotoLibrary.open`; usable from several threads; close it, or use it as a context manager.
+    """
+
+    def __init__(self, folder: Path, catalog: Catalog, model: str | None = None, load_encoder: Callable | None = None):
+        self.paths = LibraryPaths(folder)
+        self.catalog = catalog
+        self._wanted_model = model
+        self._load_encoder = load_encoder or _load_encoder
+        self._encoders: dict[str, object] = {}
+        self._searcher = None
+        self._generation = -1
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path | None = None,
+        *,
+        create: bool = True,
+        model: str | None = None,
+        load_encoder=None,
+    ) -> "PhotoLibrary":
+        """Open a library; makes one where there is none, unless `create` is False.
+
+        Args:
+            folder: default `PHOTOBLIP_LIBRARY` or the platform's data directory.
+            model: what a NEW library is indexed with: a known name or a model folder (default blip-mini).
+            load_encoder: name -> encoder, for programs and tests that bring their own.
+
+        Raises:
+            LibraryError: no library there (with create=False), or its catalog cannot be read.
+        """
+        folder = Path(folder).expanduser() if folder else default_library()
+        paths = LibraryPaths(folder.absolute())
+        if not create and not paths.catalog.exists():
+            raise LibraryError(f"there is no library at {folder}: make one with `photoblip index DIR`")
+        try:
+            paths.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LibraryError(
+                f"{folder} cannot hold a library ({error.strerror}): choose another --library"
+            ) from error
+        return cls(paths.folder, Catalog(paths.catalog), model, load_encoder)
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    def __enter__(self) -> "PhotoLibrary":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # -- jobs -----------------------------------------------------------------------------------------------
+
+    def index(
+        self,
+        *folders: str | Path,
+        progress: Callable | None = None,
+        workers: int = 2,
+        batch_size: int = BATCH_SIZE,
+    ) -> jobs.SyncReport:
+        """Add or refresh folders. May be stopped at any moment, and goes on where it stopped.
+
+        Args:
+            progress: called with a `jobs.Progress` after each step.
+            workers: processes that decode; 0 decodes in this one.
+
+        Raises:
+            LibraryBusy: another process is indexing. LibraryError: a folder that does not exist.
+        """
+        with jobs.exclusive(self.paths):
+            job = jobs.IndexJob(
+                self.catalog,
+                self.paths,
+                self.encoder,
+                workers=workers,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            report = job.run(folders)
+            self._save_index()
+        return report
+
+    def reindex(self, model: str, progress: Callable | None = None, workers: int = 2) -> int:
+        """Give all photos vectors of another model, then switch search to it. -> how many photos it covers.
+
+        Search goes on with the old model until the switch; the old vectors stay.
+        """
+        encoder = self._encoder_named(model)
+        with jobs.exclusive(self.paths):
+            model_id = jobs.embed_missing(self.catalog, self.paths, encoder, progress=progress, workers=workers)
+            self.catalog.activate(model_id)
+            with self._lock:
+                self._searcher = None
+            self._save_index()
+        return len(self.catalog.searchable_ids(model_id))
+
+    def caption(
+        self,
+        photos: int | str | Sequence[int | str],
+        *,
+        model: str | None = None,
+        progress: Callable | None = None,
+    ):
+        """Write and keep a caption. -> (text, score) for one photo, {photo id: (text, score)} for several.
+
+        The score is the library's matching probability for that text, None where the model has none.
+        """
+        single = isinstance(photos, int | str)
+        ids = [self.photo_id(photo) for photo in ([photos] if single else photos)]
+        encoder = self._encoder_named(model) if model else self.encoder()
+        if not encoder.can_caption:
+            raise ModelError(f"{encoder.name} cannot write captions: use blip-mini, or download blip-base")
+        written = jobs.caption_photos(self.catalog, encoder, self.picture, ids, progress=progress)
+        if not single:
+            return written
+        if not written:
+            raise PhotoNotFound(f"photo {ids[0]} cannot be read any more: run `photoblip index` on its folder")
+        return written[ids[0]]
+
+    def uncaptioned(self) -> list[int]:
+        """Ids of photos on disk that no model has captioned yet."""
+        done = select(Caption.photo_id).where(Caption.source == "generated")
+        query = select(Photo.id).where(is_present(Photo.id), Photo.id.not_in(done)).order_by(Photo.id)
+        return [row.id for row in self.catalog.rows(query)]
+
+    def add_caption(self, photo: int | str, text: str) -> None:
+        """Keep the user's own words for a photo."""
+        with self.catalog.transaction() as connection:
+            jobs.store_caption(connection, self.photo_id(photo), text, None, None)
+
+    # -- search ---------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        image=None,
+        without: Sequence[str] = (),
+        where=None,
+        top_k: int = 20,
+        rerank: int = 100,
+        budget_ms: float | None = None,
+        min_probability: float | None = None,
+    ):
+        """Photos for words, an example picture, or both; best first.
+
+        Args:
+            image: a path, bytes, or a PIL image.
+            without: phrases; photos that the matching model finds to show one are dropped.
+            where: a filter, as text or {field: value}; see indexer.query.
+            rerank: how many candidates the matching model reads; 0 for none.
+            budget_ms: time for re-ranking; what it does not reach keeps its first-stage order.
+            min_probability: drop results below it, and those that were not re-ranked.
+
+        Returns:
+            SearchResults: a list of SearchResult, with `.reranked`, `.candidates`, `.seconds`.
+
+        Raises:
+            QueryError: nothing to search for, or a filter that cannot be read.
+            UnreadablePhoto: the example picture cannot be decoded.
+        """
+        query = Query(text, image, tuple(without), where)
+        budget = None if budget_ms is None else budget_ms / 1000
+        return self.searcher().search(
+            query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability
+        )
+
+    def similar(self, photo: int | str, *, top_k: int = 20, where=None):
+        """Photos that look like one of the library."""
+        return self.searcher().similar(self.photo_id(photo), top_k, where)
+
+    def describe(self, image, *, candidates: Iterable[str] | None = None, top_k: int = 5):
+        """The texts that fit a picture best: of the library's captions, or of the given lines."""
+        texts = self._caption_texts() if candidates is None else {line: None for line in candidates if line.strip()}
+        if not texts:
+            raise LibraryError(
+                "there are no texts to choose from: run `photoblip caption --missing`, or give lines with --candidates"
+            )
+        return self.searcher().describe(self._open_query(image), texts, top_k)
+
+    def ask(self, photo: int | str, question: str, *, model: str | None = None) -> str:
+        """A short answer about a photo, from a model that can answer."""
+        encoder = self._encoder_named(model) if model else self.encoder()
+        return encoder.ask([self.picture(self.photo_id(photo))], [question])[0]
+
+    # -- looking things up ----------------------------------------------------------------------------------
+
+    def photo_id(self, photo: int | str | Path) -> int:
+        """Raises PhotoNotFound for an id or path the library does not know."""
+        found = self.catalog.find_photo(str(photo) if isinstance(photo, Path) else photo)
+        if found is None:
+            raise PhotoNotFound(f"the library has no photo {photo}: give an id from a search, or index its folder")
+        return found
+
+    def photo(self, photo: int | str) -> dict:
+        """All that is known of a photo: metadata, paths, captions."""
+        photo_id = self.photo_id(photo)
+        row = self.catalog.photo_rows([photo_id])[photo_id]
+        captions = select(Caption.text, Caption.source, Caption.model, Caption.score).where(
+            Caption.photo_id == photo_id
+        )
+        files = select(File.path, File.missing_since).where(File.photo_id == photo_id).order_by(File.path)
+        row["captions"] = [dict(c._mapping) for c in self.catalog.rows(captions.order_by(Caption.id))]
+        row["paths"] = [f.path for f in self.catalog.rows(files) if f.missing_since is None]
+        return row
+
+    def thumbnail(self, photo_id: int) -> Path:
+        """The photo's thumbnail file (it may be gone: `picture` falls back to the original)."""
+        content_hash = self.catalog.scalar(select(Photo.content_hash).where(Photo.id == photo_id))
+        if content_hash is None:
+            raise PhotoNotFound(f"the library has no photo {photo_id}: give an id from a search")
+        return thumbnail_path(self.paths.thumbnails, content_hash)
+
+    def picture(self, photo_id: int):
+        """The photo as a PIL image of at most 768 px, from its thumbnail or, where that is gone, a file of it.
+
+        Raises UnreadablePhoto where neither can be read.
+        """
+        thumbnail = self.thumbnail(photo_id)
+        if thumbnail.exists():
+            return open_image(thumbnail)
+        query = select(File.path).where(File.photo_id == photo_id, File.missing_since.is_(None))
+        return open_image(Path(self.catalog.scalar(query) or thumbnail), target=PICTURE_SIDE)
+
+    def status(self) -> dict:
+        """Counts and sizes; loads no model."""
+        model = self.catalog.active_model()
+        scalar, model_id = self.catalog.scalar, model.id if model else -1
+        present = is_present(Photo.id)
+        captioned = select(Caption.photo_id).distinct()
+        from indexer.vector_index import KIND
+
+        return {
+            "photos": scalar(select(func.count()).select_from(Photo).where(present)),
+            "embedded": scalar(
+                select(func.count()).select_from(Embedding)
+                .where(Embedding.model_id == model_id, is_present(Embedding.photo_id))
+            ),
+            "captioned": scalar(select(func.count()).select_from(Photo).where(present, Photo.id.in_(captioned))),
+            "failed": scalar(select(func.count()).select_from(Failure)),
+            "missing": scalar(select(func.count()).select_from(Photo).where(~present)),
+            "model": model.name if model else None,
+            "index_kind": KIND,
+            "roots": [row.path for row in self.catalog.rows(select(Root.path).order_by(Root.id))],
+            "bytes": scalar(select(func.coalesce(func.sum(Photo.bytes), 0)).where(present)),
+            "job": self.catalog.latest_job(),
+        }  # fmt: skip
+
+    def errors(self) -> list[dict]:
+        """Files that could not be used, each with its reason."""
+        columns = (Failure.path, Failure.reason, Failure.detail, Failure.at)
+        return [dict(row._mapping) for row in self.catalog.rows(select(*columns).order_by(Failure.path))]
+
+    def verify(self) -> list[str]:
+        """Check the catalog, the index and the thumbnails against each other. -> problems, as sentences."""
+        problems = []
+        with self.catalog.engine.connect() as connection:
+            for (line,) in connection.exec_driver_sql("PRAGMA integrity_check"):
+                problems += [] if line == "ok" else [f"catalog: {line}"]
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            problems += [f"catalog: a row of {row[0]} points to nothing" for row in broken]
+        model = self.catalog.active_model()
+        if model is not None:
+            index = self._open_index(model)
+            different = np.setxor1d(index.ids(), self.catalog.searchable_ids(model.id))
+            if len(different):
+                problems.append(f"index: {len(different)} photos differ from the catalog")
+        problems += self._missing_thumbnails()
+        return problems
+
+    # -- parts ----------------------------------------------------------------------------------------------
+
+    def encoder(self):
+        """The active model, loaded once; blip-mini, or the model asked for at `open`, in a new library."""
+        active = self.catalog.active_model()
+        encoder = self._encoder_named(active.name if active else self._wanted_model or DEFAULT_MODEL)
+        if active and encoder.fingerprint != active.fingerprint:
+            raise ModelError(
+                f"this library was indexed with other weights of {active.name}: "
+                f"run `photoblip reindex --model {active.name}`"
+            )
+        return encoder
+
+    def _encoder_named(self, name: str):
+        with self._lock:
+            if name not in self._encoders:
+                self._encoders[name] = self._load_encoder(name)
+            return self._encoders[name]
+
+    def searcher(self):
+        """The searcher over an index that is level with the catalog now."""
+        from indexer.rerank import Reranker
+        from indexer.search import Searcher
+
+        with self._lock:
+            model = self.catalog.active_model()
+            if model is None:
+                raise LibraryError("the library is empty: run `photoblip index DIR` first")
+            if self._searcher is None or self._searcher.model.id != model.id:
+                encoder = self.encoder()
+                reranker = Reranker(encoder, self.picture)
+                index = self._open_index(model)
+                self._generation = -1
+                self._searcher = Searcher(self.catalog, index, encoder, model, reranker, self._open_query)
+            self._level(self._searcher.index, model)
+            return self._searcher
+
+    def _open_index(self, model):
+        """The saved index, brought level with the catalog; rebuilt from it where the file cannot be used."""
+        from indexer.vector_index import VectorIndex
+
+        try:
+            index = VectorIndex.load(self.paths.vectors(model.fingerprint), model.dim)
+        except ValueError:
+            index = VectorIndex(model.dim)
+        self._generation = -1
+        self._level(index, model)
+        return index
+
+    def _level(self, index, model) -> None:
+        """Take in what the catalog committed since the index last looked."""
+        generation = self.catalog.generation()
+        if generation == self._generation:
+            return
+        wanted, held = self.catalog.searchable_ids(model.id), index.ids()
+        index.remove(np.setdiff1d(held, wanted))
+        for part in chunks(np.setdiff1d(wanted, held).tolist(), 20_000):
+            for ids, vectors in self.catalog.vectors(model.id, part):
+                index.add(ids, vectors)
+        self._generation = generation
+
+    def _save_index(self) -> None:
+        with self._lock:
+            model = self.catalog.active_model()
+            if model is not None:
+                searcher = self._searcher
+                index = searcher.index if searcher and searcher.model.id == model.id else self._open_index(model)
+                self._level(index, model)
+                index.save(self.paths.vectors(model.fingerprint))
+
+    def _open_query(self, image):
+        return open_image(Path(image).expanduser() if isinstance(image, str) else image, target=PICTURE_SIDE)
+
+    def _caption_texts(self) -> dict[str, int]:
+        query = select(Caption.text, func.min(Caption.photo_id).label("photo_id")).group_by(Caption.text)
+        return {row.text: row.photo_id for row in self.catalog.rows(query)}
+
+    def _missing_thumbnails(self) -> list[str]:
+        query = select(Photo.id, Photo.content_hash).where(is_present(Photo.id))
+        gone = [
+            r.id for r in self.catalog.rows(query) if not thumbnail_path(self.paths.thumbnails, r.content_hash).exists()
+        ]
+        return [f"thumbnails: {len(gone)} are missing (the first is of photo {gone[0]})"] if gone else []
+
+
+def _load_encoder(name: str):
+    from blipcore.encoder import load_encoder
+
+    return load_encoder(name)
