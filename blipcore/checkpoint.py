@@ -30,10 +30,8 @@ EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's ow
 # (BlipForImageTextRetrieval.from_pretrained(folder) needs no mapping.) The file holds each shared tensor once,
 # under the encoder's name.
 CAPTIONING_KEY_MAPPING = {
-    r"^text_encoder\.embeddings\.": "text_decoder.bert.embeddings.",
-    r"^text_encoder\.encoder\.layer\.(\d+)\.(crossattention|intermediate|output)\.": (
-        r"text_decoder.bert.encoder.layer.\1.\2."
-    ),
+    r"^text_encoder\.(?=embeddings\.)": "text_decoder.bert.",
+    r"^text_encoder\.(?=encoder\.layer\.\d+\.(?:crossattention|intermediate|output)\.)": "text_decoder.bert.",
 }
 
 
@@ -179,7 +177,9 @@ def save(
     state = {
         name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items() if name not in shared
     }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes it for its owner alone
     config = model.config.to_dict() | {"architectures": ["BlipForImageTextRetrieval"], "dtype": "float32"}
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", _preprocessor(model.config, mean, std))

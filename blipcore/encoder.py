@@ -92,8 +92,9 @@ class BlipEncoder:
         pairs = np.stack([row % len(images), row % len(texts)], 1)
         return self.match_tokens(self.image_tokens(self.pixels(images)), texts, pairs)
 
-    def match_tokens(self, tokens: Tensor, texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+    def match_tokens(self, tokens: Tensor | Sequence[Tensor], texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
         """ITM margins float32 [P] for int pairs [P, 2] of (row of tokens [I, N, D], index of a text)."""
+        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
         ids, mask = self._tokenize(texts)
         with torch.inference_mode():
             return match_pairs(self._need_retrieval(), tokens, ids, mask, np.asarray(pairs))

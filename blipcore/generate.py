@@ -21,7 +21,7 @@ class Caption(NamedTuple):
 
 
 @torch.no_grad()
-def caption_candidates(
+def caption_candidates(  # noqa: PLR0913 - generation settings, as every library names them
     model: Blip,
     image_embeds: Tensor,
     tokenizer: TextTokenizer,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import chain, islice
 from multiprocessing import connection, context, resource_tracker, spawn
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -38,7 +39,7 @@ def decode_all(
     items: Iterable[Item],
     *,
     input_size: int,
-    thumbnails: str | Path,
+    thumbnails: str | Path | None,
     workers: int,
     timeout: float | None = 60.0,
     window: int | None = None,
@@ -53,16 +54,19 @@ def decode_all(
         LibraryError: thumbnails cannot be written.
         PhotoblipError: the workers cannot be kept alive.
     """
-    arguments = (input_size, str(thumbnails), limits or Limits())
+    arguments = (input_size, thumbnails, limits or Limits())
     if workers == 0:
         for item in items:
             yield item, _decode(item.path, *arguments)
         return
-    window = max(1, window or 4 * workers)
-    pool = _Workers(workers, timeout, arguments)
+    items, window = iter(items), max(1, window or 4 * workers)
+    first_items = list(islice(items, min(workers, window)))
+    if not first_items:
+        return
+    pool = _Workers(len(first_items), timeout, arguments)  # two changed photos need no eight processes
     ahead: deque[tuple[Item, Future]] = deque()
     try:
-        for item in items:
+        for item in chain(first_items, items):
             ahead.append((item, pool.submit(item.path)))
             while ahead and (len(ahead) >= window or ahead[0][1].done()):
                 first, future = ahead.popleft()
@@ -74,7 +78,9 @@ def decode_all(
         pool.stop()
 
 
-def _decode(path: str, input_size: int, thumbnails: str, limits: Limits) -> DecodedPhoto | UnreadablePhoto:
+def _decode(
+    path: str, input_size: int, thumbnails: str | Path | None, limits: Limits
+) -> DecodedPhoto | UnreadablePhoto:
     try:
         return decode_photo(path, input_size=input_size, thumbnails=thumbnails, limits=limits)
     except UnreadablePhoto as problem:
@@ -84,7 +90,7 @@ def _decode(path: str, input_size: int, thumbnails: str, limits: Limits) -> Deco
 class _Workers:
     """A pebble pool that is started anew where it breaks as a whole."""
 
-    def __init__(self, workers: int, timeout: float | None, arguments: tuple[int, str, Limits]):
+    def __init__(self, workers: int, timeout: float | None, arguments: tuple[int, str | Path | None, Limits]):
         self.workers, self.timeout, self.arguments = workers, timeout, arguments
         self.restarts_left = MAX_RESTARTS
         self.pool = self._start()

@@ -114,8 +114,10 @@ def open_image(
         return picture
 
 
-def decode_photo(path: str, *, input_size: int, thumbnails: str | Path, limits: Limits | None = None) -> DecodedPhoto:
-    """Read path once and make everything the library needs of it, its thumbnail file included.
+def decode_photo(
+    path: str, *, input_size: int, thumbnails: str | Path | None, limits: Limits | None = None
+) -> DecodedPhoto:
+    """Read path once and make everything the library needs of it, its thumbnail file (unless None) included.
 
     The transform is BLIP's for evaluation (salesforce/BLIP, transform_test): bicubic to input_size squared,
     whatever the aspect ratio; normalisation is left to the model.
@@ -132,8 +134,9 @@ def decode_photo(path: str, *, input_size: int, thumbnails: str | Path, limits: 
         target = max(input_size, min(_thumbnail_size(image.size)))
         picture, info = _load(image, limits, target)
         pixels = np.array(picture.resize((input_size, input_size), Image.Resampling.BICUBIC))
-        thumbnail = picture.resize(_thumbnail_size(picture.size), Image.Resampling.BICUBIC)
-    _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
+        if thumbnails is not None:
+            thumbnail = picture.resize(_thumbnail_size(picture.size), Image.Resampling.BICUBIC)
+            _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
     return DecodedPhoto(content_hash, len(data), info, pixels)
 
 

@@ -187,7 +187,7 @@ class IndexJob:
         decoded = decode_all(
             pending,
             input_size=encoder.input_size,
-            thumbnails=str(self.paths.thumbnails),
+            thumbnails=self.paths.thumbnails,
             workers=self.workers,
         )
         for batch in embed_batches(decoded, encoder.embed_pixels, self.batch_size):
@@ -456,7 +456,7 @@ def store_caption(connection: Connection, photo_id: int, caption: str, model: st
             delete(Caption).where(Caption.photo_id == photo_id, Caption.source == source, Caption.model == model)
         )
     values = {"photo_id": photo_id, "text": caption, "source": source, "model": model, "score": score}
-    connection.execute(insert(Caption).values(values, created_at=now()))
+    connection.execute(insert(Caption).values(**values, created_at=now()))
 
 
 def stop_on_sigterm() -> None:

@@ -77,7 +77,8 @@ def _parse(text: str) -> ColumnElement:
     try:
         return _ToSql().transform(_parser().parse(text))
     except UnexpectedInput as error:
-        place = error.pos_in_stream if 0 <= (error.pos_in_stream or -1) < len(text) else len(text)
+        at_end = getattr(getattr(error, "token", None), "type", None) == "$END"
+        place = len(text) if at_end or error.pos_in_stream is None else error.pos_in_stream
         raise QueryError(
             f"the filter cannot be read at position {place + 1}: {text[:place]}>>>{text[place:]} "
             "(a filter looks like: year=2023 camera=Pixel*)"
@@ -151,7 +152,7 @@ def _span(name: str, value: object) -> tuple[datetime, datetime]:
     parts = str(value).split("-")
     try:
         numbers = [int(part) for part in parts]
-        start = datetime(*(numbers + [1, 1])[:3])
+        start = datetime(*[*numbers, 1, 1][:3])
         if len(numbers) == 1:
             return start, datetime(start.year + 1, 1, 1)
         if len(numbers) == 2:

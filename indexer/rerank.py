@@ -44,9 +44,7 @@ class Reranker:
         return dict(zip(readable, margins.tolist(), strict=True))
 
     def tokens(self, photo_ids: Sequence[int]):
-        """-> (image tokens [n, N, D], the n ids whose picture could be read)."""
-        import torch
-
+        """-> (image tokens of n photos, [N, D] each, and the n ids whose picture could be read)."""
         with self._lock:
             held = {photo_id: self._tokens[photo_id] for photo_id in photo_ids if photo_id in self._tokens}
         held |= self._compute([photo_id for photo_id in photo_ids if photo_id not in held])
@@ -57,7 +55,7 @@ class Reranker:
             while len(self._tokens) > self.cached_photos:
                 self._tokens.popitem(last=False)
         readable = [photo_id for photo_id in photo_ids if photo_id in held]
-        return (torch.stack([held[photo_id] for photo_id in readable]) if readable else None), readable
+        return [held[photo_id] for photo_id in readable], readable
 
     def _compute(self, photo_ids: Sequence[int]) -> dict[int, object]:
         pictures = {}

@@ -157,7 +157,7 @@ class Searcher:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         scores, ids = self.index.search(vector[None], k, among)
         found = ids[0] >= 0
-        return ids[0][found], scores[0][found]
+        return ids[0][found], np.clip(scores[0][found], -1, 1)  # float16 vectors are not exactly of unit length
 
     def _exclude(self, ids: np.ndarray, itc: np.ndarray, phrases) -> tuple[np.ndarray, np.ndarray]:
         """Drop candidates that the matching model finds likelier than not to show one of the phrases."""

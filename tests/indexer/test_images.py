@@ -187,9 +187,7 @@ def test_deep_grey_comes_out_in_eight_bits(values, expected):
     assert got[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"])
 def test_every_mode_becomes_rgb(mode):
     source = Image.new(mode, (8, 8)) if mode in ("I;16", "PA", "LAB") else corners(8, 8).convert(mode)
     assert open_image(source).mode == "RGB"
@@ -315,9 +313,7 @@ def test_exif_facts_are_read(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_is_read_from_every_format_that_has_it(tmp_path, kind):
-    tags = exif_bytes(
-        {0x010F: "Example"}, {0x9003: "2019:07:14 18:30:59"}, {1: "N", 2: (1.0,), 3: "W", 4: (2.0,)}
-    )
+    tags = exif_bytes({0x010F: "Example"}, {0x9003: "2019:07:14 18:30:59"}, {1: "N", 2: (1.0,), 3: "W", 4: (2.0,)})
     info = decode(tmp_path / "a", encoded(corners(), kind, exif=tags)).info
     assert (info.camera_make, info.taken_at) == ("Example", datetime(2019, 7, 14, 18, 30, 59))
     assert (info.latitude, info.longitude) == (1, -2)
@@ -483,9 +479,7 @@ def test_an_empty_file_is_reported_as_empty(tmp_path):
     assert reason_of(tmp_path / "a.jpg") == reason_of(b"") == "empty"
 
 
-@pytest.mark.parametrize(
-    "content", [b"just text", b"BM is how this text begins", b"\0" * 500, b"%PDF-1.7", b"\xff"]
-)
+@pytest.mark.parametrize("content", [b"just text", b"BM is how this text begins", b"\0" * 500, b"%PDF-1.7", b"\xff"])
 def test_a_file_that_is_no_image_is_reported_as_not_an_image(content):
     assert reason_of(content) == "not-an-image"
 
@@ -497,9 +491,7 @@ def test_a_truncated_jpeg_is_reported_as_truncated(tmp_path, share):
     assert reason_of(content[: int(len(content) * share)], target=10) == "truncated"
 
 
-@pytest.mark.parametrize(
-    "kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "progressive", "lzw"]
-)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "progressive", "lzw"])
 def test_half_a_file_of_any_format_is_reported_as_truncated(kind):
     picture = noise(160, 120)
     if kind == "HEIF":
@@ -591,9 +583,7 @@ def test_random_bytes_never_raise_anything_else(signature, rest):
 
 
 SAMPLES = [
-    encoded(
-        noise(64, 48), exif=exif_bytes({0x0112: 6, 0x010F: "x"}, {0x9003: "2019:07:14 18:30:59"}, {1: "N"})
-    ),
+    encoded(noise(64, 48), exif=exif_bytes({0x0112: 6, 0x010F: "x"}, {0x9003: "2019:07:14 18:30:59"}, {1: "N"})),
     encoded(noise(64, 48), progressive=True),
     PNG,
     encoded(noise(64, 48), "PNG", exif=exif_bytes({0x0112: 8})),

@@ -42,6 +42,7 @@ class Settings:
     preset: str = "blip-mini"
     vision_start: Path | None = None  # timm ViT, safetensors
     text_start: Path | None = None  # BERT, safetensors
+    start: Path | None = None  # an earlier run's weights.pt, instead of the two
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     frozen_blocks: int = 9
@@ -56,7 +57,10 @@ class Settings:
     vision_rate: float = 3e-5
     weight_decay: float = 0.05
     warmup: int = 100
-    easy_steps: int = 300  # negatives go from even draws to BLIP's over these steps
+    # negatives go from even draws (hardness 0) to BLIP's (1), a little a step while ITM tells this share right:
+    # a small model that meets hard pairs first never leaves chance, which is 2/3
+    curriculum_accuracy: float = 0.78
+    curriculum_pace: float = 0.01
     attention_dropout: float = 0.0  # drawing a mask over T x N weights costs a sixth of a step on a CPU
     max_length: int = 24  # tokens of a training caption
     prototypes: int = 64  # class prototypes a step; 0 for none
@@ -95,12 +99,13 @@ class Run:
         self.optimizer = torch.optim.AdamW(split_cross_attention(self.model, groups, s.rate), betas=(0.9, 0.98))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = cosine_with_warmup(s.warmup, s.steps)
+        self.hardness, self.accuracy = 0.0, 2 / 3
         self.log = RunLog(s.out / "log.jsonl")
 
     def _class_prototypes(self, classifier) -> ClassPrototypes | None:
         if classifier is None or not self.settings.prototypes:
             return None
-        from torchvision.models._meta import _IMAGENET_CATEGORIES as names
+        from torchvision.models._meta import _IMAGENET_CATEGORIES as names  # noqa: N811
 
         return ClassPrototypes(*classifier, list(names), self.cache.class_tokens[:, 0])
 
@@ -121,7 +126,7 @@ class Run:
             image_feats, text_feats = model.project_images(image_embeds), model.encode_texts(ids, mask)
             same = owner[None] == torch.arange(len(rows))[:, None]
             losses = {"itc": contrastive_loss(image_feats.float(), text_feats.float(), model.temp, same)}
-            losses |= self._joint_losses(number, image_embeds, (image_feats, text_feats), (ids, mask))
+            losses |= self._joint_losses(image_embeds, (image_feats, text_feats), (ids, mask))
             losses |= self._prototype_losses(image_embeds, original)
         weights = {"prototype": s.prototype_weight, "drift": s.drift_weight, "itm_accuracy": 0.0}
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
@@ -133,7 +138,7 @@ class Run:
         self.optimizer.step()
         model.clamp_temperature()
         self.average.update()
-        return {**losses, "temp": model.temp.detach()}
+        return {**losses, "temp": model.temp.detach(), "hardness": torch.tensor(self.hardness)}
 
     def _draw_captions(self, rows: np.ndarray) -> tuple[list[str], Tensor]:
         """-> texts [K * B], the first B in the photos' order, and the row each belongs to."""
@@ -141,22 +146,27 @@ class Run:
         texts = [str(captions[k % len(captions)]) for k in range(self.settings.texts_per_photo) for captions in drawn]
         return texts, torch.arange(len(rows)).repeat(self.settings.texts_per_photo)
 
-    def _joint_losses(self, number: int, image_embeds: Tensor, feats, text) -> dict[str, Tensor]:
+    def _joint_losses(self, image_embeds: Tensor, feats, text) -> dict[str, Tensor]:
         """ITM and LM on the first `joint_size` rows, each with its first caption."""
-        s, n = self.settings, min(self.settings.joint_size, len(image_embeds))
+        n = min(self.settings.joint_size, len(image_embeds))
         ids, mask = text[0][:n], text[1][:n]
         longest = int(mask.sum(1).max())
         ids, mask = ids[:, :longest], mask[:, :longest]
         similarity = (feats[0][:n] @ feats[1][:n].T / self.model.temp).detach()
-        hardness = min(1.0, self.position(number) / s.easy_steps)
         same = torch.eye(n, dtype=torch.bool)
         negatives = (
-            sample_negatives(similarity.T, same, hardness),
-            sample_negatives(similarity, same, hardness),
+            sample_negatives(similarity.T, same, self.hardness),
+            sample_negatives(similarity, same, self.hardness),
         )
         itm, accuracy = matching_loss(self.model, image_embeds[:n], ids, mask, negatives)
+        self._advance_curriculum(accuracy.item())
         lm = language_modelling_loss(self.model, image_embeds[:n], ids, mask)
         return {"itm": itm, "lm": lm, "itm_accuracy": accuracy}
+
+    def _advance_curriculum(self, accuracy: float) -> None:
+        self.accuracy += 0.1 * (accuracy - self.accuracy)
+        step = self.settings.curriculum_pace if self.accuracy > self.settings.curriculum_accuracy else 0.0
+        self.hardness = min(1.0, self.hardness + step)
 
     def _prototype_losses(self, image_embeds: Tensor, original: Tensor) -> dict[str, Tensor]:
         if self.prototypes is None:
@@ -195,6 +205,8 @@ def start_model(s: Settings) -> tuple[Blip, tuple[Tensor, Tensor] | None]:
     classifier = load_vision_start(model, s.vision_start) if s.vision_start else None
     if s.text_start:
         load_text_start(model, s.text_start)
+    if s.start:
+        model.load_state_dict(torch.load(s.start, weights_only=True))
     return model, classifier
 
 

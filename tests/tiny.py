@@ -1,0 +1,54 @@
+"""Tiny models with random weights, and where development data is. Nothing here is downloaded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from blipcore.models.blip import Blip
+from blipcore.models.presets import blip_config
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ROOT / "blipcore" / "bundled" / "blip-mini"
+TOKENIZER = BUNDLED / "tokenizer.json"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+needs_shared_data = pytest.mark.skipif(
+    not (SHARED_DATA / "flickr8k" / "captions.tsv").exists(), reason="the shared development photos are not here"
+)
+
+
+def tiny_config(dropout: float = 0.0):
+    """Two blocks of width 32: the published vocabulary and ids, so that checkpoints look like the hub's."""
+    return blip_config(vision=(32, 2, 2), text=(32, 2, 2), image_size=32, dropout=dropout)
+
+
+def tiny_blip(seed: int = 0, **parts) -> Blip:
+    """A random tiny Blip in evaluation mode, with weights large enough that differences show."""
+    torch.manual_seed(seed)
+    model = Blip(tiny_config(), **parts)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2) if parameter.ndim > 1 else parameter.add_(0.2 * torch.randn_like(parameter))
+        if hasattr(model, "temp"):
+            model.temp.fill_(0.07)
+    return model.eval()
+
+
+def pixels(count: int = 2, size: int = 32, seed: int = 1) -> torch.Tensor:
+    """Normalised random pixels [B, 3, S, S]."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn_photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A small picture that no other seed gives: smooth colours and a shape."""
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8)
+    image = Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
+    box = sorted(rng.integers(4, min(size) - 4, 2).tolist())
+    ImageDraw.Draw(image).ellipse(
+        (box[0], box[0], box[1] + 3, box[1] + 3), fill=tuple(rng.integers(0, 255, 3).tolist())
+    )
+    return image
