@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blipcore.captioned import CaptionedPhotos, load_captioned
 from blipcore.encoder import BlipEncoder, load_encoder
 from blipcore.errors import ModelError
 from blipcore.metrics import recall_at_k
-from blipcore.training.datasets import CaptionedPhotos, load_captioned
 
 UNRANKED = -1e4  # what the second stage did not read stays behind what it did, in first-stage order
 

@@ -16,6 +16,7 @@ from indexer.query import Query, compile_filter
 from indexer.rerank import Reranker
 from indexer.vector_index import VectorIndex
 
+TEXT_BATCH = 256
 EXCLUSION_PROBABILITY = 0.5  # a photo whose match with a phrase to leave out is likelier than not is dropped
 
 
@@ -77,6 +78,7 @@ class Searcher:
     def __init__(self, catalog: Catalog, index: VectorIndex, encoder, model_row, reranker: Reranker, open_query):
         self.catalog, self.index, self.encoder = catalog, index, encoder
         self.model, self.reranker, self.open_query = model_row, reranker, open_query
+        self._known_texts: dict[str, np.ndarray] = {}
 
     def search(
         self,
@@ -123,7 +125,7 @@ class Searcher:
         lines = list(texts)
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
-        itc = self.encoder.embed_texts(lines) @ self.encoder.embed_tokens(tokens)[0]
+        itc = self._text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0]
         order = np.argsort(-itc, kind="stable")[: max(top_k, rerank)]
         margins = {}
         if self.encoder.can_match:
@@ -147,6 +149,14 @@ class Searcher:
             vectors.append(self.encoder.embed_images([self.open_query(query.image)])[0])
         total = np.sum(vectors, axis=0)
         return total / max(np.linalg.norm(total), 1e-12)
+
+    def _text_vectors(self, lines: list[str]) -> np.ndarray:
+        """Unit vectors float32 [T, E]; a library's captions are embedded once, not once a photo."""
+        fresh = [line for line in lines if line not in self._known_texts]
+        for at in range(0, len(fresh), TEXT_BATCH):
+            part = fresh[at : at + TEXT_BATCH]
+            self._known_texts.update(zip(part, self.encoder.embed_texts(part), strict=True))
+        return np.stack([self._known_texts[line] for line in lines])
 
     def _among(self, query: Query) -> np.ndarray | None:
         condition = compile_filter(query.where)

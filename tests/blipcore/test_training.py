@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from blipcore.captioned import CaptionedPhotos, load_captioned
 from blipcore.encoder import load_encoder
 from blipcore.evaluation import retrieval
 from blipcore.models import presets
 from blipcore.models.blip import Blip
 from blipcore.training import recipe_names, run_recipe
-from blipcore.training.datasets import CaptionedPhotos, FrozenPrefixCache, load_captioned
+from blipcore.training.datasets import FrozenPrefixCache
 from blipcore.training.loop import AveragedWeights, cosine_with_warmup, epochs, parameter_groups
 from blipcore.training.prototypes import ClassPrototypes
 from blipcore.training.recipes import package_model, pretrain_blip

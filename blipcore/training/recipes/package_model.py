@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from blipcore.calibration import Scoring, choose_itc_weight, fit_platt
+from blipcore.captioned import load_captioned
 from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
 from blipcore.evaluation import Pool, candidate_margins, embed_pool
 from blipcore.metrics import expected_calibration_error
 from blipcore.models.presets import PRESETS
-from blipcore.training.datasets import load_captioned
 from blipcore.transforms import TextTokenizer
 
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])

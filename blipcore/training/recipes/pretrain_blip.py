@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipcore import metrics
+from blipcore.captioned import CaptionedPhotos, load_captioned
 from blipcore.models.blip import Blip
 from blipcore.models.presets import PRESETS
-from blipcore.training.datasets import CaptionedPhotos, FrozenPrefixCache, load_captioned
+from blipcore.training.datasets import FrozenPrefixCache
 from blipcore.training.loop import AveragedWeights, RunLog, cosine_with_warmup, epochs, parameter_groups
 from blipcore.training.objectives import (
     contrastive_loss,
