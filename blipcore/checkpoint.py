@@ -51,8 +51,14 @@ class LoadedModel:
 
 
 def load_folder(folder: Path, name: str | None = None) -> LoadedModel:
-    """Load a model folder on the CPU in float32. Raises ModelError naming what is missing."""
-    folder = Path(folder)
+    """Load a model folder on the CPU in float32. Raises ModelError naming what is missing or unreadable."""
+    try:
+        return _load_parts(Path(folder), name)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"the model in {folder} cannot be read ({error}): check the files' permissions") from error
+
+
+def _load_parts(folder: Path, name: str | None) -> LoadedModel:
     parts = [part for part in ("retrieval", "captioning", "vqa") if (folder / part / "config.json").exists()]
     folders = [folder / part for part in parts] or [folder]
     loaded = LoadedModel(

@@ -30,7 +30,8 @@ class BlipEncoder:
     """A loaded model, ready to run.
 
     Attributes:
-        name: what it is called. fingerprint: which weights it is. dim: the width E of its vectors.
+        name: a known name or a folder, what `load_encoder` takes. fingerprint: which weights it is.
+        dim: the width E of its vectors.
         input_size: the side S of the square pixels [S, S, 3] it reads. scoring: how ITM and ITC become one.
         can_match, can_caption, can_ask: what it can do besides embedding.
     """
@@ -190,8 +191,10 @@ def load_encoder(name_or_folder: str = "blip-mini", *, device: str | None = None
     Raises:
         ModelError: unknown name, missing download, damaged or foreign folder.
     """
-    name = name_or_folder if name_or_folder in KNOWN_MODELS else Path(name_or_folder).name
-    return BlipEncoder(load_folder(find_model(name_or_folder), name), device, precision)
+    folder = find_model(name_or_folder)
+    # a library keeps the name and loads by it again: a folder's is its whole path
+    name = name_or_folder if name_or_folder in KNOWN_MODELS else str(folder.absolute())
+    return BlipEncoder(load_folder(folder, name), device, precision)
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -26,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.sqlite import insert as upsert
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
 from indexer.errors import LibraryError
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
@@ -77,13 +77,19 @@ class Catalog:
     def transaction(self) -> Iterator[Connection]:
         """One write transaction: all of it is committed, or nothing."""
         with self.engine.connect() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
+                connection.commit()
+            except OperationalError as error:  # disk full, read-only, or another writer that does not end
+                connection.rollback()
+                raise LibraryError(
+                    f"{self.file} cannot be written ({error.orig}): free some space, check the folder's "
+                    "permissions, or wait for the other job; what is committed is safe"
+                ) from error
             except BaseException:
                 connection.rollback()
                 raise
-            connection.commit()
 
     def rows(self, query: Select) -> list:
         """All rows of a query."""

@@ -21,10 +21,11 @@ from pebble import ProcessExpired, ProcessPool
 from PIL import AvifImagePlugin, Image
 from pillow_heif import options as heif_options
 
-from .errors import PhotoblipError, UnreadablePhoto
-from .images import DecodedPhoto, Limits, decode_photo
+from indexer.errors import PhotoblipError, UnreadablePhoto
+from indexer.images import DecodedPhoto, Limits, decode_photo
 
 MAX_RESTARTS = 3
+STARTUP_SECONDS = 60  # for a worker to start, on a busy machine, before we say that none does
 
 
 class HasPath(Protocol):
@@ -92,6 +93,7 @@ class _Workers:
 
     def __init__(self, workers: int, timeout: float | None, arguments: tuple[int, str | Path | None, Limits]):
         self.workers, self.timeout, self.arguments = workers, timeout, arguments
+        self.patience = None if timeout is None else timeout + STARTUP_SECONDS
         self.restarts_left = MAX_RESTARTS
         self.pool = self._start()
 
@@ -106,12 +108,16 @@ class _Workers:
                 return self.pool.schedule(_decode, args=(path, *self.arguments), timeout=self.timeout)
             except RuntimeError as error:  # "Unexpected error within the Pool"
                 self._restart(error)
+            except OSError as error:
+                raise PhotoblipError(f"The decoding workers cannot be started: {error}.") from error
 
     def result(self, path: str, future: Future) -> DecodedPhoto | UnreadablePhoto:
         while True:
             try:
-                return future.result()
-            except TimeoutError:
+                return future.result(self.patience)
+            except TimeoutError as error:
+                if not future.done():  # it was never taken up: no worker lives, and pebble would wait for ever
+                    raise PhotoblipError("The decoding workers do not start: try --jobs 0.") from error
                 return UnreadablePhoto("timeout", f"Decoding took longer than {self.timeout:g} seconds.")
             except ProcessExpired as error:
                 return UnreadablePhoto("crashed", f"The decoder died on it (exit code {error.exitcode}).")

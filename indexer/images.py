@@ -34,7 +34,7 @@ from PIL import (
 )
 from pillow_heif import HeifImageFile
 
-from .errors import LibraryError, UnreadablePhoto
+from indexer.errors import LibraryError, UnreadablePhoto
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
@@ -134,9 +134,9 @@ def decode_photo(
         target = max(input_size, min(_thumbnail_size(image.size)))
         picture, info = _load(image, limits, target)
         pixels = np.array(picture.resize((input_size, input_size), Image.Resampling.BICUBIC))
-        if thumbnails is not None:
-            thumbnail = picture.resize(_thumbnail_size(picture.size), Image.Resampling.BICUBIC)
-            _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
+        thumbnail = thumbnails and picture.resize(_thumbnail_size(picture.size), Image.Resampling.BICUBIC)
+    if thumbnail:
+        _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
     return DecodedPhoto(content_hash, len(data), info, pixels)
 
 

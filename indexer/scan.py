@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UnreadablePhoto
-from .images import EXTENSIONS, unreadable
+from indexer.errors import UnreadablePhoto
+from indexer.images import EXTENSIONS, unreadable
 
 SKIPPED_FOLDERS = frozenset(
     {"@eadir", "node_modules", "__macosx", "lost+found", "$recycle.bin", "system volume information"}

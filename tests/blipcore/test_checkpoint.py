@@ -209,3 +209,11 @@ def test_fingerprints_tell_weights_apart(tmp_path):
     first, second = (load(str(tmp_path / str(seed))).fingerprint for seed in (0, 1))
     assert first != second
     assert np.char.isalnum(first)
+
+
+def test_a_folders_name_loads_it_again(saved, monkeypatch):
+    _, folder = saved
+    monkeypatch.chdir(folder.parent)
+    name = load(folder.name, device="cpu").name
+    monkeypatch.chdir("/")
+    assert load(name, device="cpu").can_match

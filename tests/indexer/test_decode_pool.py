@@ -259,3 +259,11 @@ def test_ctrl_c_reaches_the_parent_only_and_stops_everything_at_once(tmp_path, a
     errors = ends_with_all_its_workers(process)
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_workers_that_cannot_start_are_an_error_and_not_a_hang(tmp_path, monkeypatch):
+    (item,) = make_photos(tmp_path, 1)
+    monkeypatch.setattr(decode_pool, "STARTUP_SECONDS", 0.5)
+    monkeypatch.setattr(decode_pool, "_prepare_worker", time.sleep)  # its argument is the limit on pixels: for ever
+    with pytest.raises(PhotoblipError, match="do not start"):
+        list(run([item], tmp_path, workers=1, timeout=0.5))
