@@ -1,0 +1,1 @@
+"""The web page: Streamlit draws, the library does. Started by `photoblip ui`."""

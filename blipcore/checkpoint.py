@@ -54,8 +54,10 @@ def load_folder(folder: Path, name: str | None = None) -> LoadedModel:
     """Load a model folder on the CPU in float32. Raises ModelError naming what is missing or unreadable."""
     try:
         return _load_parts(Path(folder), name)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"the model in {folder} cannot be read ({error}): check the files' permissions") from error
+    except ModelError:
+        raise
+    except Exception as error:  # damaged files fail in many ways, in three libraries; the user needs one sentence
+        raise ModelError(f"the model in {folder} cannot be loaded ({error}): check or download its files") from error
 
 
 def _load_parts(folder: Path, name: str | None) -> LoadedModel:

@@ -16,7 +16,7 @@ from blipcore.calibration import Scoring
 from blipcore.checkpoint import LoadedModel, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
-from blipcore.hub import KNOWN_MODELS, find_model
+from blipcore.hub import canonical_name, find_model
 from blipcore.matcher import match_pairs
 from blipcore.transforms import squash
 
@@ -59,6 +59,10 @@ class BlipEncoder:
     def image_tokens(self, pixels: np.ndarray) -> Tensor:
         """uint8 [B, S, S, 3] -> the vision tower's tokens [B, N, D], what matching and heat maps read."""
         return self._tokens(self._need_retrieval(), pixels)
+
+    def separate_tokens(self, pixels: np.ndarray) -> list[Tensor]:
+        """As `image_tokens`, one [N, D] a photo: kept alone, a row of a batch would hold the batch in memory."""
+        return [row.clone() for row in self.image_tokens(pixels)]
 
     def embed_tokens(self, tokens: Tensor) -> np.ndarray:
         """Tokens [B, N, D] -> unit vectors float32 [B, E]."""
@@ -191,10 +195,8 @@ def load_encoder(name_or_folder: str = "blip-mini", *, device: str | None = None
     Raises:
         ModelError: unknown name, missing download, damaged or foreign folder.
     """
-    folder = find_model(name_or_folder)
-    # a library keeps the name and loads by it again: a folder's is its whole path
-    name = name_or_folder if name_or_folder in KNOWN_MODELS else str(folder.absolute())
-    return BlipEncoder(load_folder(folder, name), device, precision)
+    loaded = load_folder(find_model(name_or_folder), canonical_name(name_or_folder))
+    return BlipEncoder(loaded, device, precision)
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:

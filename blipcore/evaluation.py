@@ -79,7 +79,8 @@ def candidate_margins(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: in
 def rerank_both_ways(encoder: BlipEncoder, pool: Pool, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Score matrices [T, I] for text to image and image to text: fused where ITM read the pair."""
     k_photos, k_texts = min(k, pool.cosines.shape[1]), min(k, len(pool.texts))
-    by_text, by_image = pool.cosines + UNRANKED, pool.cosines + UNRANKED
+    by_text = pool.cosines.astype(np.float64) + UNRANKED  # in float32 the cosines' order would be lost beside it
+    by_image = by_text.copy()
     best, margins = candidate_margins(encoder, pool, np.arange(len(pool.texts)), k_photos)
     rows = np.arange(len(best))[:, None]
     by_text[rows, best] = encoder.scoring.fused(margins, pool.cosines[rows, best])

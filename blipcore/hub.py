@@ -4,6 +4,7 @@ Sizes and licences are those of the hub's cards; a download says them before it 
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from platformdirs import user_data_path
 
 from blipcore.errors import ModelError
 
+NEEDED = ("config.json", "tokenizer.json")
 BUNDLED = Path(__file__).parent / "bundled"
 
 
@@ -80,6 +82,12 @@ KNOWN_MODELS = {
 }
 
 
+def canonical_name(name_or_folder: str) -> str:
+    """The one name under which a library keeps a model: a known name, or a folder's whole path."""
+    folder = Path(name_or_folder).expanduser()
+    return str(folder.absolute()) if name_or_folder not in KNOWN_MODELS and folder.is_dir() else name_or_folder
+
+
 def models_folder() -> Path:
     """Where downloaded models lie: `PHOTOBLIP_MODELS`, or the platform's data directory."""
     return Path(os.environ.get("PHOTOBLIP_MODELS") or user_data_path("photoblip") / "models")
@@ -108,7 +116,12 @@ def is_downloaded(known: KnownModel) -> bool:
     if known.bundled:
         return (BUNDLED / known.name / "config.json").exists()
     folder = models_folder() / known.name
-    return all((folder / part / "config.json").exists() for part in known.parts)
+    return all(_is_whole(folder / part) for part in known.parts)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a part's folder has what loading needs."""
+    return all((folder / name).exists() for name in NEEDED) and any(folder.glob("*.safetensors"))
 
 
 def download(name: str, source: Path | None = None) -> Path:
@@ -122,11 +135,14 @@ def download(name: str, source: Path | None = None) -> Path:
         raise ModelError(f"there is no downloadable model {name!r}: see `photoblip models list`")
     folder = models_folder() / known.name
     for part, repository in known.parts.items():
-        if not (folder / part / "config.json").exists():
+        if not _is_whole(folder / part):
             aside = folder / f".{part}.part"
             _fetch(repository, aside, source)
-            if not list(aside.glob("*.safetensors")):
-                raise ModelError(f"{repository} has no safetensors weights, and photoblip loads nothing else")
+            if not _is_whole(aside):
+                raise ModelError(
+                    f"{repository} lacks {', '.join(NEEDED)} or safetensors weights, and photoblip loads nothing else"
+                )
+            shutil.rmtree(folder / part, ignore_errors=True)
             aside.rename(folder / part)
     return folder if known.parts else BUNDLED / known.name
 
@@ -134,8 +150,6 @@ def download(name: str, source: Path | None = None) -> Path:
 def _fetch(repository: str, folder: Path, source: Path | None) -> None:
     patterns = ["*.json", "*.txt", "*.safetensors"]
     if source is not None:
-        import shutil
-
         origin = source / repository
         if not origin.is_dir():
             raise ModelError(f"there is no folder {origin} to take {repository} from")

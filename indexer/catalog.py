@@ -4,13 +4,15 @@ Writers go through `Catalog.transaction()`; readers through the query methods. N
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import psutil
 from sqlalchemy import (
+    URL,
     ColumnElement,
     Connection,
     Engine,
@@ -32,6 +34,7 @@ from indexer.errors import LibraryError
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
 HEAD = "0001"  # the newest migration: opening a catalog at this revision skips Alembic
+_own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
 
 
@@ -91,14 +94,28 @@ class Catalog:
                 connection.rollback()
                 raise
 
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection to read from; a failure of the database becomes a LibraryError."""
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except OperationalError as error:
+            raise LibraryError(f"{self.file} cannot be read ({error.orig}): check the disk, then try again") from error
+
     def rows(self, query: Select) -> list:
         """All rows of a query."""
-        with self.engine.connect() as connection:
+        with self.reading() as connection:
             return connection.execute(query).all()
+
+    def stream(self, query: Select) -> Iterator:
+        """The rows of a query that may be as long as the library, a few at a time."""
+        with self.reading() as connection:
+            yield from connection.execution_options(yield_per=CHUNK).execute(query)
 
     def scalar(self, query: Select):
         """The first column of the first row, or None."""
-        with self.engine.connect() as connection:
+        with self.reading() as connection:
             return connection.execute(query).scalar()
 
     # -- what search sees -----------------------------------------------------------------------------------
@@ -112,8 +129,7 @@ class Catalog:
         query = select(Embedding.photo_id).where(Embedding.model_id == model_id, is_present(Embedding.photo_id))
         if where is not None:
             query = query.join(Photo, Photo.id == Embedding.photo_id).where(where)
-        with self.engine.connect() as connection:
-            return np.fromiter((row[0] for row in connection.execute(query.order_by(Embedding.photo_id))), np.int64)
+        return np.fromiter((row[0] for row in self.stream(query.order_by(Embedding.photo_id))), np.int64)
 
     def vectors(self, model_id: int, ids: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(ids, float32 vectors [n, dim]) of photos, a few thousand at a time."""
@@ -151,15 +167,16 @@ class Catalog:
     # -- photos ---------------------------------------------------------------------------------------------
 
     def photo_rows(self, ids: Iterable[int]) -> dict[int, dict]:
-        """Photos with their first present path and best caption, by id."""
+        """Photos by id, each with a path that is there (one that is not mounted, else None) and its best caption."""
         found = {}
         for part in chunks(ids):
             for row in self.rows(select(*Photo.__table__.c).where(Photo.id.in_(part))):
                 found[row.id] = {**row._mapping, "path": None, "caption": None}
-            for row in self.rows(select(*File.__table__.c).where(File.photo_id.in_(part))):
-                photo = found[row.photo_id]
-                if row.missing_since is None and (photo["path"] is None or row.path < photo["path"]):
-                    photo["path"] = row.path
+            files = select(File.photo_id, File.path).where(File.photo_id.in_(part), File.missing_since.is_(None))
+            for row in self.rows(files.order_by(File.path)):
+                held = found[row.photo_id]["path"]
+                if held is None or (not os.path.lexists(held) and os.path.lexists(row.path)):
+                    found[row.photo_id]["path"] = row.path
             # a user's own words come before a model's, the surest caption before the others
             order = (Caption.source == "user", Caption.score, Caption.id)
             for row in self.rows(select(*Caption.__table__.c).where(Caption.photo_id.in_(part)).order_by(*order)):
@@ -169,7 +186,9 @@ class Catalog:
     def find_photo(self, photo: int | str) -> int | None:
         """A photo's id, from an id or the path of one of its files."""
         if isinstance(photo, int) or str(photo).isdecimal():
-            return self.scalar(select(Photo.id).where(Photo.id == int(photo)))
+            known = 0 < int(photo) < 1 << 63  # what SQLite can hold
+            return self.scalar(select(Photo.id).where(Photo.id == int(photo))) if known else None
+        photo = str(photo).encode(errors="replace").decode()  # a name that is not UTF-8 is in no catalog
         path = os.path.abspath(os.path.expanduser(photo))  # noqa: PTH100, PTH111 - strings, as stored
         return self.scalar(select(File.photo_id).where(File.path == path))
 
@@ -183,22 +202,25 @@ class Catalog:
                 "kind": kind, "state": "running", "arguments": arguments, "pid": os.getpid(), "total": total,
                 "done": 0, "failed": 0, "started_at": now(), "updated_at": now(),
             }  # fmt: skip
-            return connection.execute(insert(Job).values(values)).inserted_primary_key[0]
+            job_id = connection.execute(insert(Job).values(values)).inserted_primary_key[0]
+        _own_jobs.add(job_id)
+        return job_id
 
     def finish_job(self, job_id: int, state: str) -> None:
+        _own_jobs.discard(job_id)
         with self.transaction() as connection:
             values = {"state": state, "finished_at": now(), "updated_at": now()}
             connection.execute(update(Job).where(Job.id == job_id).values(values))
 
     def latest_job(self) -> dict | None:
-        """The newest job, with a dead process's job shown as interrupted."""
-        rows = self.rows(select(*Job.__table__.c).order_by(Job.id.desc()).limit(1))
-        if not rows:
-            return None
-        job = dict(rows[0]._mapping)
-        if job["state"] == "running" and not process_lives(job["pid"]):
-            job["state"] = "interrupted"
-        return job
+        """A job that runs now, else the newest; the job of a process that died is shown as interrupted."""
+        newest = select(*Job.__table__.c).order_by(Job.id.desc())
+        rows = [*self.rows(newest.where(Job.state == "running")), *self.rows(newest.limit(1))]
+        jobs = [dict(row._mapping) for row in rows]
+        for job in jobs:
+            if job["state"] == "running" and not job_lives(job):
+                job["state"] = "interrupted"
+        return next((job for job in jobs if job["state"] == "running"), jobs[-1] if jobs else None)
 
 
 def job_progress(connection: Connection, job_id: int, done: int, failed: int, total: int | None = None) -> None:
@@ -208,20 +230,22 @@ def job_progress(connection: Connection, job_id: int, done: int, failed: int, to
 
 
 def mark_dead_jobs(connection: Connection) -> None:
-    running = connection.execute(select(Job.id, Job.pid).where(Job.state == "running")).all()
-    dead = [row.id for row in running if not process_lives(row.pid) or row.pid == os.getpid()]
+    rows = connection.execute(select(*Job.__table__.c).where(Job.state == "running")).all()
+    dead = [row.id for row in rows if not job_lives(row._mapping)]
     if dead:
         connection.execute(update(Job).where(Job.id.in_(dead)).values(state="interrupted", finished_at=now()))
 
 
-def process_lives(pid: int) -> bool:
+def job_lives(job: Mapping) -> bool:
+    """Whether the process that started a job is still that process, and still at it."""
+    if job["pid"] == os.getpid():
+        return job["id"] in _own_jobs
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        born = psutil.Process(job["pid"]).create_time()
+    except psutil.Error:
         return False
-    except PermissionError:
-        return True
-    return True
+    # a process that is younger than the job only has its number; a second for the rounding of both
+    return born <= job["started_at"].replace(tzinfo=UTC).timestamp() + 1
 
 
 def bump_generation(connection: Connection) -> None:
@@ -264,7 +288,8 @@ def add_root(connection: Connection, path: str) -> None:
 
 def _engine(file: Path) -> Engine:
     file.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(f"sqlite:///{file}", connect_args={"timeout": 30, "check_same_thread": False})
+    address = URL.create("sqlite", database=str(file))  # not a string: the path may hold a "?"
+    engine = create_engine(address, connect_args={"timeout": 30, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _configure(connection, _record):

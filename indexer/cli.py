@@ -6,6 +6,7 @@ Exit 0 done, 1 the job failed or some input could not be used, 2 wrong usage.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from blipcore.hub import canonical_name
 from indexer.errors import ModelError, PhotoblipError
 
 app = typer.Typer(
@@ -46,20 +48,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on 
 ModelName = Annotated[str | None, typer.Option("--model", help="A known model or a model folder.")]
 
 
+class _Stopped(BaseException):
+    """Ctrl-C or a polite kill. Not a KeyboardInterrupt, which Typer turns into an exit status of its own."""
+
+
 def main() -> None:
     """The entry point: errors a user can meet become one sentence and an exit status."""
     _quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except (PhotoblipError, ModelError) as error:
         err.print(f"[red]photoblip:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Stopped:
         err.print("stopped; what is done is kept, and the same command goes on from here")
         sys.exit(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+
+
+def _stop(_number, _frame) -> None:
+    raise _Stopped
 
 
 def _quiet_libraries() -> None:
@@ -111,9 +120,6 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Add folders to the library, or refresh them. Stop it whenever you like: it goes on where it stopped."""
-    from indexer.jobs import stop_on_sigterm
-
-    stop_on_sigterm()
     with _open(library, create=True, model=model) as photos, _bar("indexing") as move:
         _refuse_model_change(photos, model)
         report = photos.index(*folders, progress=move, workers=jobs, batch_size=batch_size)
@@ -135,7 +141,7 @@ def index(
 
 def _refuse_model_change(photos, model: str | None) -> None:
     active = photos.catalog.active_model()
-    if model and active and active.name != model:
+    if model and active and active.name != canonical_name(model):
         raise PhotoblipError(
             f"this library uses {active.name}: `photoblip reindex --model {model}` changes that, "
             "and search goes on meanwhile"
@@ -197,11 +203,14 @@ def reindex(
 ) -> None:
     """Embed all photos with another model beside the active one, then switch to it."""
     with _open(library) as photos, _bar("reindexing") as move:
-        count = photos.reindex(model, progress=move, workers=jobs)
+        count, failed = photos.reindex(model, progress=move, workers=jobs)
     if as_json:
-        _emit({"event": "done", "model": model, "photos": count})
+        _emit({"event": "done", "model": model, "photos": count, "failed": failed})
     else:
         out.print(f"{count} photos are now searched with {escape(model)}")
+    if failed:
+        err.print(f"{failed} photos could not be read: `photoblip verify` and `photoblip index` tell more")
+    raise typer.Exit(1 if failed else 0)
 
 
 # -- search -------------------------------------------------------------------------------------------------
@@ -222,6 +231,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find photos by words, by an example photo, or by both."""
+    if not (query and query.strip()) and image is None:
+        raise typer.BadParameter("give words, an example photo with --image, or both")
     with _open(library) as photos:
         hits = photos.search(
             query,
@@ -304,7 +315,8 @@ def caption(
     if bool(photos) == missing:
         raise typer.BadParameter("name photos, or give --missing")
     with _open(library) as opened, _bar("captioning") as move:
-        ids = opened.uncaptioned() if missing else [opened.photo_id(photo) for photo in photos]
+        named = dict.fromkeys(opened.photo_id(photo) for photo in photos or ())
+        ids = opened.uncaptioned() if missing else list(named)
         written = opened.caption(ids, model=model, progress=move) if ids else {}
         rows = opened.catalog.photo_rows(written)
     for photo_id, (words, score) in written.items():
@@ -465,7 +477,10 @@ def _run_streamlit(port: int, browser: bool) -> None:
         "server.port": str(port),
         "server.headless": "false" if browser else "true",
         "server.maxUploadSize": "50",
+        "server.fileWatcherType": "none",  # it would load the page's modules anew and lose a running job
         "browser.gatherUsageStats": "false",
+        "theme.light.primaryColor": "#2f6f86",
+        "theme.dark.primaryColor": "#2f7890",
         "client.toolbarMode": "minimal",
     }
     flags = [part for key, value in options.items() for part in (f"--{key}", value)]

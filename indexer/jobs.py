@@ -6,7 +6,6 @@ the rest. Each batch is one transaction that holds photos, vectors, failures and
 
 import itertools
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from indexer.catalog import (
@@ -33,10 +32,10 @@ from indexer.catalog import (
 from indexer.config import LibraryPaths
 from indexer.decode_pool import decode_all
 from indexer.embed import BATCH_SIZE, Batch, embed_batches
-from indexer.errors import LibraryBusy, LibraryError, UnreadablePhoto
+from indexer.errors import LibraryBusy, LibraryError, ModelError, UnreadablePhoto
 from indexer.images import DecodedPhoto, thumbnail_path
 from indexer.scan import ScannedFile, ScanProblem, walk
-from indexer.schema import Caption, Embedding, Failure, File, Photo
+from indexer.schema import Caption, Embedding, Failure, File, Photo, Root
 
 CAPTION_BATCH = 8
 
@@ -97,11 +96,11 @@ def recorded(catalog: Catalog, kind: str, arguments: dict) -> Iterator[int]:
     job_id = catalog.start_job(kind, arguments)
     try:
         yield job_id
-    except (KeyboardInterrupt, GeneratorExit):
-        catalog.finish_job(job_id, "interrupted")
-        raise
-    except BaseException:
+    except Exception:
         catalog.finish_job(job_id, "failed")
+        raise
+    except BaseException:  # Ctrl-C and its like
+        catalog.finish_job(job_id, "interrupted")
         raise
     catalog.finish_job(job_id, "done")
 
@@ -138,11 +137,12 @@ class IndexJob:
     def run(self, folders: Sequence[str | Path]) -> SyncReport:
         """Index these folders. Raises LibraryError for a folder that is absent and was never indexed."""
         started = time.monotonic()
-        roots = [os.path.abspath(os.path.expanduser(folder)) for folder in folders]  # noqa: PTH100, PTH111
-        present = [root for root in roots if self._usable(root)]
+        roots = [_absolute(folder) for folder in folders]
+        present = _outermost([root for root in dict.fromkeys(roots) if self._usable(root)])
         with recorded(self.catalog, "index", {"folders": roots}) as job_id:
             self._job_id = job_id
-            self._counter = _Counter(present)
+            self._register(roots)
+            self._counter = _Counter(present, self.paths.folder)
             try:
                 for root in present:
                     self._index_root(root)
@@ -151,18 +151,24 @@ class IndexJob:
         self.report.seconds = round(time.monotonic() - started, 3)
         return self.report
 
+    def _register(self, roots: list[str]) -> None:
+        with self.catalog.transaction() as connection:
+            for root in roots:
+                add_root(connection, root)
+        known = [row.path for row in self.catalog.rows(select(Root.path))]
+        self._reachable = [root for root in known if _holds_something(root)]
+
     def _usable(self, root: str) -> bool:
         """Whether a root is there. A root that vanished whole (an unmounted disk) leaves its photos alone."""
-        known = self.catalog.scalar(
-            select(func.count()).select_from(File).where(under(File.path, root), File.missing_since.is_(None))
-        )
-        if not Path(root).exists():
-            if not known:
+        count = select(func.count()).select_from(File).where(under(File.path, root), File.missing_since.is_(None))
+        photos = self.catalog.scalar(count)
+        if not os.path.exists(root):  # noqa: PTH110 - Path.exists raises below a folder without permission
+            if not photos and self.catalog.scalar(select(Root.id).where(Root.path == root)) is None:
                 raise LibraryError(f"{root} does not exist: check the name, or mount the disk it is on")
-            self._warn(f"{root} is not there (a disk that is not mounted?): its {known} photos are left as they are")
+            self._warn(f"{root} is not there (a disk that is not mounted?): its {photos} photos are left as they are")
             return False
-        if known and Path(root).is_dir() and next(walk(root), None) is None:
-            self._warn(f"{root} is empty (a disk that is not mounted?): its {known} photos are left as they are")
+        if photos and os.path.isdir(root) and next(walk(root), None) is None:  # noqa: PTH112
+            self._warn(f"{root} is empty (a disk that is not mounted?): its {photos} photos are left as they are")
             return False
         return True
 
@@ -170,8 +176,6 @@ class IndexJob:
         self.report.warnings.append(message)
 
     def _index_root(self, root: str) -> None:
-        with self.catalog.transaction() as connection:
-            add_root(connection, root)
         for met in (self._seen, self._problems, self._blocked):
             met.clear()
         pending = self._pending(root)
@@ -181,7 +185,7 @@ class IndexJob:
         self._mark_missing(root)
 
     def _embed(self, pending: Iterable[ScannedFile]) -> None:
-        encoder = self.load_encoder()
+        encoder = searching(self.load_encoder())
         with self.catalog.transaction() as connection:
             self._model_id = self.catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
         decoded = decode_all(
@@ -195,7 +199,7 @@ class IndexJob:
 
     def _pending(self, root: str) -> Iterator[ScannedFile]:
         """Files that must be read: new, changed, or failed before and changed since."""
-        for group in chunks(walk(root)):
+        for group in chunks(walk(root, leaving_out=self.paths.folder)):
             problems = [item for item in group if isinstance(item, ScanProblem)]
             files = [item for item in group if isinstance(item, ScannedFile)]
             if problems:
@@ -213,7 +217,9 @@ class IndexJob:
 
     def _unknown(self, files: list[ScannedFile]) -> Iterator[ScannedFile]:
         names = [file.path for file in files]
-        known = {row.path: row for row in self.catalog.rows(select(*File.__table__.c).where(File.path.in_(names)))}
+        has_vector = exists().where(Embedding.photo_id == File.photo_id, Embedding.model_id == self._active_id())
+        query = select(*File.__table__.c, has_vector.label("has_vector")).where(File.path.in_(names))
+        known = {row.path: row for row in self.catalog.rows(query)}
         failed = {
             row.path: row for row in self.catalog.rows(select(*Failure.__table__.c).where(Failure.path.in_(names)))
         }
@@ -222,10 +228,10 @@ class IndexJob:
             row, failure = known.get(file.path), failed.get(file.path)
             if row is not None:
                 self._seen.add(row.id)
-            if failure is not None and _stat(file) == (failure.size, failure.mtime_ns, failure.ctime_ns):
+            if failure is not None and _same_failure(file, failure):
                 self.report.failed += 1
                 self._advance(1, file.path)
-            elif row is None or (row.size, row.mtime_ns) != (file.size, file.mtime_ns) or failure is not None:
+            elif row is None or failure is not None or not _as_known(file, row):
                 yield file
             elif row.missing_since is not None:
                 returned.append(row.id)
@@ -235,6 +241,10 @@ class IndexJob:
                 self.report.unchanged += 1
                 self._advance(1, file.path)
         self._bring_back(returned)
+
+    def _active_id(self) -> int:
+        active = self.catalog.active_model()
+        return active.id if active else -1
 
     def _bring_back(self, file_ids: list[int]) -> None:
         if file_ids:
@@ -247,7 +257,7 @@ class IndexJob:
         with self.catalog.transaction() as connection:
             for file, photo, vector in zip(batch.files, batch.photos, batch.vectors, strict=True):
                 photo_id = _photo_id(connection, photo)
-                self._count(*_place_file(connection, file, photo_id))
+                self._count(*_place_file(connection, file, photo_id, self._is_gone))
                 row = upsert(Embedding).values(model_id=self._model_id, photo_id=photo_id, vector=vector.tobytes())
                 connection.execute(row.on_conflict_do_nothing())
             forget_failures(connection, [file.path for file in batch.files])
@@ -273,10 +283,13 @@ class IndexJob:
 
     def _mark_missing(self, root: str) -> None:
         """Mark files below the root that the walk did not meet; forget failures of files that are gone."""
+        if not self._usable(root):  # the disk went away while we walked
+            return
         query = select(File.id, File.path).where(under(File.path, root), File.missing_since.is_(None))
-        gone = [row.id for row in self.catalog.rows(query) if row.id not in self._seen and not self._hidden(row.path)]
+        rows = self.catalog.stream(query)
+        gone = [row.id for row in rows if row.id not in self._seen and not self._hidden(row.path)]
         query = select(Failure.path, Failure.size).where(under(Failure.path, root))
-        mended = [row.path for row in self.catalog.rows(query) if self._mended(row)]
+        mended = [row.path for row in self.catalog.stream(query) if self._mended(row)]
         with self.catalog.transaction() as connection:
             for part in chunks(gone):
                 connection.execute(update(File).where(File.id.in_(part)).values(missing_since=now()))
@@ -291,6 +304,11 @@ class IndexJob:
             return False
         return failure.size is None or not os.path.lexists(failure.path)
 
+    def _is_gone(self, path: str) -> bool:
+        """Whether a file is no longer there, rather than on a disk that is not."""
+        lost = not os.path.lexists(path)
+        return lost and any(path.startswith(root.rstrip("/") + "/") for root in self._reachable)
+
     def _hidden(self, path: str) -> bool:
         return any(path.startswith(folder.rstrip("/") + "/") for folder in self._blocked)
 
@@ -298,15 +316,17 @@ class IndexJob:
 class _Counter:
     """Counts the files of a run in a thread, so that the bar knows its end before the walk does."""
 
-    def __init__(self, roots: list[str]):
+    def __init__(self, roots: list[str], leaving_out: Path):
         self.total: int | None = None
+        self._leaving_out = leaving_out
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._count, args=(roots,), daemon=True)
         self._thread.start()
 
     def _count(self, roots: list[str]) -> None:
         count = 0
-        for _ in itertools.chain.from_iterable(walk(root) for root in roots):
+        walks = (walk(root, leaving_out=self._leaving_out) for root in roots)
+        for _ in itertools.chain.from_iterable(walks):
             count += 1
             if self._stopped.is_set():
                 return
@@ -314,6 +334,50 @@ class _Counter:
 
     def stop(self) -> None:
         self._stopped.set()
+
+
+# What lies in a file's bytes, and so stays until they change; everything else is tried again at each run.
+LASTING = frozenset({"empty", "not-an-image", "truncated", "too-large", "unsupported"})
+
+
+def _same_failure(file: ScannedFile, failure) -> bool:
+    known = (failure.size, failure.mtime_ns, failure.ctime_ns)
+    return failure.reason in LASTING and _stat(file) == known
+
+
+def _as_known(file: ScannedFile, row) -> bool:
+    """Whether the catalog has this very file, and a vector of the active model for it."""
+    return row.has_vector and (row.size, row.mtime_ns) == (file.size, file.mtime_ns)
+
+
+def _absolute(folder: str | Path) -> str:
+    """As stored: absolute, links not followed. Raises LibraryError for a name that is not UTF-8."""
+    path = os.path.abspath(os.path.expanduser(folder))  # noqa: PTH100, PTH111
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = path.encode(errors="backslashreplace").decode()
+        raise LibraryError(f"the folder name {shown} is not valid UTF-8: rename it, then index again") from None
+    return path
+
+
+def _outermost(roots: list[str]) -> list[str]:
+    """Roots that do not lie below another one: each file is walked once."""
+    return [root for root in roots if not any(root != up and root.startswith(up.rstrip("/") + "/") for up in roots)]
+
+
+def _holds_something(root: str) -> bool:
+    try:
+        return os.path.isfile(root) or any(True for _ in os.scandir(root))  # noqa: PTH113
+    except OSError:
+        return False
+
+
+def searching(encoder):
+    """The encoder, if it can give vectors. Raises ModelError."""
+    if not encoder.can_match:
+        raise ModelError(f"{encoder.name} cannot search: use blip-mini, or download blip-base")
+    return encoder
 
 
 def _stat(file: ScannedFile) -> tuple[int, int, int]:
@@ -333,7 +397,9 @@ def _photo_id(connection: Connection, photo: DecodedPhoto) -> int:
     return connection.execute(insert(Photo).values(values)).inserted_primary_key[0]
 
 
-def _place_file(connection: Connection, file: ScannedFile, photo_id: int) -> tuple[str, int]:
+def _place_file(
+    connection: Connection, file: ScannedFile, photo_id: int, is_gone: Callable[[str], bool]
+) -> tuple[str, int]:
     """Record where a photo lies. -> (which count of the report it is, the file's row).
 
     A row of the same photo whose path is gone from disk is this file under its old name: it moves, and keeps
@@ -344,8 +410,9 @@ def _place_file(connection: Connection, file: ScannedFile, photo_id: int) -> tup
     if same_path is not None:
         connection.execute(update(File).where(File.id == same_path).values(values))
         return "updated", same_path
-    others = connection.execute(select(File.id, File.path).where(File.photo_id == photo_id).order_by(File.id))
-    gone = next((row.id for row in others.all() if not os.path.lexists(row.path)), None)
+    others = select(File.id, File.path, File.missing_since).where(File.photo_id == photo_id).order_by(File.id)
+    rows = connection.execute(others).all()
+    gone = next((row.id for row in rows if row.missing_since is not None or is_gone(row.path)), None)
     if gone is not None:
         connection.execute(update(File).where(File.id == gone).values(path=file.path, **values))
         return "moved", gone
@@ -363,30 +430,38 @@ def embed_missing(
     batch_size: int = BATCH_SIZE,
     workers: int = 2,
     progress: ProgressCallback | None = None,
-) -> int:
-    """Give every present photo that lacks one a vector of this model, from its thumbnail. -> the model's row.
+) -> tuple[int, int]:
+    """Give every present photo that lacks one a vector of this model. -> (the model's row, photos that failed).
 
-    Search goes on with the active model meanwhile; stopping loses at most a batch.
+    Thumbnails are read first, originals where a thumbnail cannot be. Search goes on with the active model
+    meanwhile; stopping loses at most a batch.
     """
+    searching(encoder)
     with catalog.transaction() as connection:
         model_id = catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
     with recorded(catalog, "reindex", {"model": encoder.name}) as job_id:
-        todo = _photos_without(catalog, model_id)
-        decoded = decode_all(
-            _pictures(catalog, paths, todo), input_size=encoder.input_size, thumbnails=None, workers=workers
-        )
-        done = failed = 0
-        for batch in embed_batches(decoded, encoder.embed_pixels, batch_size):
-            done, failed = done + len(batch.files) + len(batch.failures), failed + len(batch.failures)
-            with catalog.transaction() as connection:
-                for file, vector in zip(batch.files, batch.vectors, strict=True):
-                    values = {"model_id": model_id, "photo_id": file.photo_id, "vector": vector.tobytes()}
-                    connection.execute(upsert(Embedding).values(values).on_conflict_do_nothing())
-                bump_generation(connection)
-                job_progress(connection, job_id, done, failed, len(todo))
-            if progress:
-                progress(Progress(done, len(todo), failed))
-    return model_id
+        total = len(_photos_without(catalog, model_id))
+        done = 0
+        for source in (_thumbnails, _originals):
+            todo = _photos_without(catalog, model_id)
+            decoded = decode_all(
+                source(catalog, paths, todo), input_size=encoder.input_size, thumbnails=None, workers=workers
+            )
+            for batch in embed_batches(decoded, encoder.embed_pixels, batch_size):
+                done += len(batch.files)
+                with catalog.transaction() as connection:
+                    _store_vectors(connection, model_id, batch)
+                    job_progress(connection, job_id, done, 0, total)
+                if progress:
+                    progress(Progress(done, total, 0))
+    return model_id, total - done
+
+
+def _store_vectors(connection: Connection, model_id: int, batch: Batch) -> None:
+    for file, vector in zip(batch.files, batch.vectors, strict=True):
+        values = {"model_id": model_id, "photo_id": file.photo_id, "vector": vector.tobytes()}
+        connection.execute(upsert(Embedding).values(values).on_conflict_do_nothing())
+    bump_generation(connection)
 
 
 def _photos_without(catalog: Catalog, model_id: int) -> list[int]:
@@ -397,19 +472,25 @@ def _photos_without(catalog: Catalog, model_id: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _Picture:
-    """Something to decode for a photo: its thumbnail, or where that is gone one of its files."""
+    """Something to decode for a photo."""
 
     photo_id: int
     path: str
 
 
-def _pictures(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
+def _thumbnails(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
     for part in chunks(photo_ids):
-        query = select(Photo.id, Photo.content_hash, func.min(File.path).label("path")).join(File)
-        query = query.where(Photo.id.in_(part), File.missing_since.is_(None)).group_by(Photo.id).order_by(Photo.id)
+        query = select(Photo.id, Photo.content_hash).where(Photo.id.in_(part)).order_by(Photo.id)
         for row in catalog.rows(query):
-            thumbnail = thumbnail_path(paths.thumbnails, row.content_hash)
-            yield _Picture(row.id, str(thumbnail) if thumbnail.exists() else row.path)
+            yield _Picture(row.id, str(thumbnail_path(paths.thumbnails, row.content_hash)))
+
+
+def _originals(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
+    for part in chunks(photo_ids):
+        query = select(File.photo_id, func.min(File.path).label("path")).group_by(File.photo_id)
+        query = query.where(File.photo_id.in_(part), File.missing_since.is_(None)).order_by(File.photo_id)
+        for row in catalog.rows(query):
+            yield _Picture(row.photo_id, row.path)
 
 
 # -- captions -----------------------------------------------------------------------------------------------
@@ -457,12 +538,3 @@ def store_caption(connection: Connection, photo_id: int, caption: str, model: st
         )
     values = {"photo_id": photo_id, "text": caption, "source": source, "model": model, "score": score}
     connection.execute(insert(Caption).values(**values, created_at=now()))
-
-
-def stop_on_sigterm() -> None:
-    """Let a polite kill end a job as Ctrl-C does: the batch at hand is rolled back, the job marked interrupted."""
-
-    def interrupt(_number, _frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

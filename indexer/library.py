@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy import func, select
 
+from blipcore.hub import canonical_name
 from indexer import jobs
 from indexer.catalog import Catalog, chunks, is_present
 from indexer.config import DEFAULT_MODEL, LibraryPaths, default_library
 from indexer.embed import BATCH_SIZE
-from indexer.errors import LibraryError, ModelError, PhotoNotFound
+from indexer.errors import LibraryError, ModelError, PhotoNotFound, UnreadablePhoto
 from indexer.images import open_image, thumbnail_path
 from indexer.query import Query
 from indexer.schema import Caption, Embedding, Failure, File, Photo, Root
 
 PICTURE_SIDE = 768
+MANY = 20_000  # vectors added to the index at once, and worth a save when it opens
+SAMPLE = 256  # vectors compared with the catalog when an index opens
 
 
 class PhotoLibrary:
@@ -32,7 +35,6 @@ class PhotoLibrary:
         self._load_encoder = load_encoder or _load_encoder
         self._encoders: dict[str, object] = {}
         self._searcher = None
-        self._generation = -1
         self._lock = threading.RLock()
 
     @classmethod
@@ -106,19 +108,20 @@ class PhotoLibrary:
             self._save_index()
         return report
 
-    def reindex(self, model: str, progress: Callable | None = None, workers: int = 2) -> int:
-        """Give all photos vectors of another model, then switch search to it. -> how many photos it covers.
+    def reindex(self, model: str, progress: Callable | None = None, workers: int = 2) -> tuple[int, int]:
+        """Give all photos vectors of another model, then switch search to it. -> (photos covered, photos failed).
 
-        Search goes on with the old model until the switch; the old vectors stay.
+        Search goes on with the old model until the switch; the old vectors stay. A photo fails where neither
+        its thumbnail nor a file of it can be read; `index` tries it again.
         """
-        encoder = self._encoder_named(model)
+        encoder = self._encoder_named(model, fresh=True)
         with jobs.exclusive(self.paths):
-            model_id = jobs.embed_missing(self.catalog, self.paths, encoder, progress=progress, workers=workers)
+            model_id, failed = jobs.embed_missing(self.catalog, self.paths, encoder, progress=progress, workers=workers)
             self.catalog.activate(model_id)
             with self._lock:
                 self._searcher = None
             self._save_index()
-        return len(self.catalog.searchable_ids(model_id))
+        return len(self.catalog.searchable_ids(model_id)), failed
 
     def caption(
         self,
@@ -132,7 +135,7 @@ class PhotoLibrary:
         The score is the library's matching probability for that text, None where the model has none.
         """
         single = isinstance(photos, int | str)
-        ids = [self.photo_id(photo) for photo in ([photos] if single else photos)]
+        ids = list(dict.fromkeys(self.photo_id(photo) for photo in ([photos] if single else photos)))
         encoder = self._encoder_named(model) if model else self.encoder()
         if not encoder.can_caption:
             raise ModelError(f"{encoder.name} cannot write captions: use blip-mini, or download blip-base")
@@ -161,7 +164,7 @@ class PhotoLibrary:
         text: str | None = None,
         *,
         image=None,
-        without: Sequence[str] = (),
+        without: str | Sequence[str] = (),
         where=None,
         top_k: int = 20,
         rerank: int = 100,
@@ -185,7 +188,7 @@ class PhotoLibrary:
             QueryError: nothing to search for, or a filter that cannot be read.
             UnreadablePhoto: the example picture cannot be decoded.
         """
-        query = Query(text, image, tuple(without), where)
+        query = Query(text, image, (without,) if isinstance(without, str) else tuple(without), where)
         budget = None if budget_ms is None else budget_ms / 1000
         return self.searcher().search(
             query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability
@@ -243,10 +246,11 @@ class PhotoLibrary:
         Raises UnreadablePhoto where neither can be read.
         """
         thumbnail = self.thumbnail(photo_id)
-        if thumbnail.exists():
+        try:
             return open_image(thumbnail)
-        query = select(File.path).where(File.photo_id == photo_id, File.missing_since.is_(None))
-        return open_image(Path(self.catalog.scalar(query) or thumbnail), target=PICTURE_SIDE)
+        except UnreadablePhoto:  # gone, or cut short by a power failure
+            query = select(File.path).where(File.photo_id == photo_id, File.missing_since.is_(None))
+            return open_image(Path(self.catalog.scalar(query) or thumbnail), target=PICTURE_SIDE)
 
     def status(self) -> dict:
         """Counts and sizes; loads no model."""
@@ -288,9 +292,15 @@ class PhotoLibrary:
         model = self.catalog.active_model()
         if model is not None:
             index = self._open_index(model)
-            different = np.setxor1d(index.ids(), self.catalog.searchable_ids(model.id))
-            if len(different):
-                problems.append(f"index: {len(different)} photos differ from the catalog")
+            wanted = self.catalog.searchable_ids(model.id)
+            different = len(np.setxor1d(index.ids(), wanted)) + self._different_vectors(index, model, wanted)
+            if different:
+                problems.append(f"index: {different} photos differ from the catalog")
+            unsearchable = self.status()["photos"] - len(wanted)
+            if unsearchable:
+                problems.append(
+                    f"catalog: {unsearchable} photos have no vector: run `photoblip index` on their folders"
+                )
         problems += self._missing_thumbnails()
         return problems
 
@@ -299,7 +309,10 @@ class PhotoLibrary:
     def encoder(self):
         """The active model, loaded once; blip-mini, or the model asked for at `open`, in a new library."""
         active = self.catalog.active_model()
-        encoder = self._encoder_named(active.name if active else self._wanted_model or DEFAULT_MODEL)
+        name = active.name if active else self._wanted_model or DEFAULT_MODEL
+        encoder = self._encoder_named(name)
+        if active and encoder.fingerprint != active.fingerprint:
+            encoder = self._encoder_named(name, fresh=True)  # another process may have changed to new weights
         if active and encoder.fingerprint != active.fingerprint:
             raise ModelError(
                 f"this library was indexed with other weights of {active.name}: "
@@ -307,9 +320,10 @@ class PhotoLibrary:
             )
         return encoder
 
-    def _encoder_named(self, name: str):
+    def _encoder_named(self, name: str, fresh: bool = False):
+        name = canonical_name(name)
         with self._lock:
-            if name not in self._encoders:
+            if fresh or name not in self._encoders:
                 self._encoders[name] = self._load_encoder(name)
             return self._encoders[name]
 
@@ -326,34 +340,54 @@ class PhotoLibrary:
                 encoder = self.encoder()
                 reranker = Reranker(encoder, self.picture)
                 index = self._open_index(model)
-                self._generation = -1
                 self._searcher = Searcher(self.catalog, index, encoder, model, reranker, self._open_query)
             self._level(self._searcher.index, model)
             return self._searcher
 
     def _open_index(self, model):
-        """The saved index, brought level with the catalog; rebuilt from it where the file cannot be used."""
+        """The saved index, brought level with the catalog; made anew from it where the file cannot be used."""
         from indexer.vector_index import VectorIndex
 
         try:
             index = VectorIndex.load(self.paths.vectors(model.fingerprint), model.dim)
         except ValueError:
             index = VectorIndex(model.dim)
-        self._generation = -1
-        self._level(index, model)
+        if self._is_of_another_catalog(index, model):
+            index = VectorIndex(model.dim)
+        if self._level(index, model) > MANY:
+            index.save(self.paths.vectors(model.fingerprint))
         return index
 
-    def _level(self, index, model) -> None:
-        """Take in what the catalog committed since the index last looked."""
+    def _is_of_another_catalog(self, index, model) -> bool:
+        """Whether vectors differ: the catalog was restored or begun anew, and gave old ids to other photos.
+
+        Ids only grow, so those given twice are among the highest: they are compared, and some others.
+        """
+        ids = np.sort(index.ids())
+        some = np.random.default_rng(0).choice(ids, min(len(ids), SAMPLE), replace=False)
+        return self._different_vectors(index, model, np.union1d(ids[-SAMPLE:], some)) > 0
+
+    def _different_vectors(self, index, model, ids: np.ndarray) -> int:
+        """How many of these photos have another vector in the index than in the catalog."""
+        held = set(index.ids().tolist())
+        different = 0
+        for part, vectors in self.catalog.vectors(model.id, (i for i in ids.tolist() if i in held)):
+            different += int((index.vectors(part) != vectors).any(1).sum())
+        return different
+
+    def _level(self, index, model) -> int:
+        """Take in what the catalog committed since the index last looked. -> how many vectors were added."""
         generation = self.catalog.generation()
-        if generation == self._generation:
-            return
+        if generation == index.generation:
+            return 0
         wanted, held = self.catalog.searchable_ids(model.id), index.ids()
         index.remove(np.setdiff1d(held, wanted))
-        for part in chunks(np.setdiff1d(wanted, held).tolist(), 20_000):
-            for ids, vectors in self.catalog.vectors(model.id, part):
-                index.add(ids, vectors)
-        self._generation = generation
+        fresh = np.setdiff1d(wanted, held)
+        for part in chunks(fresh.tolist(), MANY):
+            found = list(self.catalog.vectors(model.id, part))
+            index.add(np.concatenate([ids for ids, _ in found]), np.concatenate([v for _, v in found]))
+        index.generation = generation
+        return len(fresh)
 
     def _save_index(self) -> None:
         with self._lock:
@@ -373,10 +407,13 @@ class PhotoLibrary:
 
     def _missing_thumbnails(self) -> list[str]:
         query = select(Photo.id, Photo.content_hash).where(is_present(Photo.id))
-        gone = [
-            r.id for r in self.catalog.rows(query) if not thumbnail_path(self.paths.thumbnails, r.content_hash).exists()
-        ]
+        rows = self.catalog.stream(query)
+        gone = [row.id for row in rows if not _has_content(thumbnail_path(self.paths.thumbnails, row.content_hash))]
         return [f"thumbnails: {len(gone)} are missing (the first is of photo {gone[0]})"] if gone else []
+
+
+def _has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0
 
 
 def _load_encoder(name: str):

@@ -41,6 +41,7 @@ class Query:
             raise QueryError("nothing to search for: give words, a photo, or both")
 
 
+MAX_LENGTH, MAX_NESTING = 1000, 20  # beyond them, Python and SQLite run out of stack
 GRAMMAR = r"""
     ?start: disjunction
     ?disjunction: conjunction (_OR conjunction)*
@@ -69,6 +70,10 @@ def compile_filter(where: Mapping[str, object] | str | None) -> ColumnElement | 
     if not where:
         return None
     if isinstance(where, str):
+        if len(where) > MAX_LENGTH:
+            raise QueryError(f"the filter is longer than {MAX_LENGTH} characters: shorten it")
+        if where.count("NOT") + where.count("(") > MAX_NESTING:
+            raise QueryError(f"the filter has more than {MAX_NESTING} NOT and parentheses: make it simpler")
         return _parse(where)
     return and_(*(_condition(name, "=", value) for name, value in where.items()))
 
@@ -104,7 +109,7 @@ class _ToSql(Transformer):
         return _condition("has", "=", token[4:])
 
     def negate(self, condition) -> ColumnElement:
-        return not_(condition)
+        return _without(condition)
 
     def conjunction(self, *conditions) -> ColumnElement:
         return and_(*conditions)
@@ -134,11 +139,9 @@ def _day(column: ColumnElement):
     def condition(name: str, operator: str, value: object) -> ColumnElement:
         """A day, month or year stands for all of it: taken=2023-06 is the whole of June."""
         start, end = _span(name, value)
-        if operator == "=":
-            return and_(column >= start, column < end)
-        if operator == "!=":
-            return or_(column < start, column >= end)
+        inside = and_(column >= start, column < end)
         return {
+            "=": inside, "!=": _without(inside),
             ">=": column >= start, "<": column < start, ">": column >= end, "<=": column < end,
         }[operator]  # fmt: skip
 
@@ -158,7 +161,7 @@ def _span(name: str, value: object) -> tuple[datetime, datetime]:
         if len(numbers) == 2:
             return start, datetime(start.year + start.month // 12, start.month % 12 + 1, 1)
         return start, start + timedelta(days=1)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise QueryError(f"{name} needs a date like 2023, 2023-06 or 2023-06-30, not {value!r}") from None
 
 
@@ -210,12 +213,17 @@ def _has(name: str, operator: str, value: object) -> ColumnElement:
 def _equality(name: str, operator: str, condition: ColumnElement) -> ColumnElement:
     if operator not in {"=", "!="}:
         raise QueryError(f"{name} compares with = or !=, not {operator}")
-    return condition if operator == "=" else not_(condition)
+    return condition if operator == "=" else _without(condition)
+
+
+def _without(condition: ColumnElement) -> ColumnElement:
+    """NOT in the plain sense: a photo of which a value is not known does not fulfil the condition."""
+    return not_(func.coalesce(condition, False))
 
 
 def _compare(column: ColumnElement, operator: str, number: float) -> ColumnElement:
     return {
-        "=": column == number, "!=": column != number, ">": column > number,
+        "=": column == number, "!=": _without(column == number), ">": column > number,
         "<": column < number, ">=": column >= number, "<=": column <= number,
     }[operator]  # fmt: skip
 

@@ -10,7 +10,7 @@ import numpy as np
 from indexer.errors import UnreadablePhoto
 
 CHUNK = 25  # candidates between two looks at the clock
-CACHED_PHOTOS = 2000  # image tokens kept in memory: 75 kB each with blip-mini in 16 bits
+CACHE_BYTES = 256 << 20  # image tokens kept in memory: 75 kB a photo with blip-mini in 16 bits
 
 
 class Reranker:
@@ -21,8 +21,8 @@ class Reranker:
         load_picture: photo id -> a picture; raises UnreadablePhoto where there is none any more.
     """
 
-    def __init__(self, encoder, load_picture: Callable, cached_photos: int = CACHED_PHOTOS):
-        self.encoder, self.load_picture, self.cached_photos = encoder, load_picture, cached_photos
+    def __init__(self, encoder, load_picture: Callable, cache_bytes: int = CACHE_BYTES):
+        self.encoder, self.load_picture, self.cache_bytes = encoder, load_picture, cache_bytes
         self._tokens: OrderedDict[int, object] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -49,10 +49,10 @@ class Reranker:
             held = {photo_id: self._tokens[photo_id] for photo_id in photo_ids if photo_id in self._tokens}
         held |= self._compute([photo_id for photo_id in photo_ids if photo_id not in held])
         with self._lock:
-            for photo_id, tokens in held.items():
+            for photo_id, tokens in held.items():  # all of one size
                 self._tokens[photo_id] = tokens
                 self._tokens.move_to_end(photo_id)
-            while len(self._tokens) > self.cached_photos:
+            while len(self._tokens) * tokens.nbytes > self.cache_bytes:
                 self._tokens.popitem(last=False)
         readable = [photo_id for photo_id in photo_ids if photo_id in held]
         return [held[photo_id] for photo_id in readable], readable
@@ -66,5 +66,5 @@ class Reranker:
                 continue
         if not pictures:
             return {}
-        tokens = self.encoder.image_tokens(self.encoder.pixels(list(pictures.values())))
+        tokens = self.encoder.separate_tokens(self.encoder.pixels(list(pictures.values())))
         return dict(zip(pictures, tokens, strict=True))

@@ -42,14 +42,18 @@ class _Folder:
     key: tuple[int, int]  # device and inode: the same folder by whatever way it is reached
 
 
-def walk(root: str | Path) -> Iterator[ScannedFile | ScanProblem]:
+def walk(root: str | Path, *, leaving_out: str | Path | None = None) -> Iterator[ScannedFile | ScanProblem]:
     """Depth first, names sorted, paths absolute; root may be a folder or a single photo.
 
-    Links to files and folders are followed, each folder is walked once. Hidden and system folders are left
-    out (root itself may be hidden), and so are the "._" files that macOS leaves on foreign disks.
+    Links to files and folders are followed after what is really there, so that a photo keeps its real path;
+    each folder is walked once, and `leaving_out` never (a library's own thumbnails are no photos). Hidden and
+    system folders are left out (root itself may be hidden), and so are the "._" files that macOS leaves.
     """
     root = os.path.abspath(os.fspath(root))  # noqa: PTH100 (Path.resolve would follow links and rename photos)
     visited: set[tuple[int, int]] = set()
+    if leaving_out is not None and os.path.exists(leaving_out):  # noqa: PTH110
+        own = os.stat(leaving_out)  # noqa: PTH116
+        visited.add((own.st_dev, own.st_ino))
     waiting = [iter([root])]  # one iterator of paths a level: no recursion, so depth has no limit
     parents: list[tuple[int, int] | None] = [None]
     while waiting:
@@ -113,7 +117,12 @@ def _ordinary_file(path: str, found: os.stat_result) -> ScannedFile:
     if not stat.S_ISREG(found.st_mode):  # a pipe or device: opening it could wait for ever
         raise UnreadablePhoto("not-an-image", "This is not an ordinary file.")
     _check_name(path)
-    return ScannedFile(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return ScannedFile(path, found.st_size, _stored(found.st_mtime_ns), _stored(found.st_ctime_ns))
+
+
+def _stored(nanoseconds: int) -> int:
+    """A time that SQLite can hold: a file's may be set past the year 2262."""
+    return max(-(1 << 63), min((1 << 63) - 1, nanoseconds))
 
 
 def _folder(path: str, found: os.stat_result, *, asked_for: bool) -> _Folder | None:
@@ -143,10 +152,10 @@ def _photos_and_folders(folder: str) -> list[str] | ScanProblem:
                 else:  # neither question follows the link, so neither can fail on a broken one
                     wanted = entry.is_dir(follow_symlinks=False) or entry.is_symlink()
                 if wanted:
-                    names.append(entry.name)
+                    names.append((entry.is_symlink(), entry.name))
     except OSError as error:
         return _problem(folder, unreadable(error))
-    return [os.path.join(folder, name) for name in sorted(names)]  # noqa: PTH118
+    return [os.path.join(folder, name) for _, name in sorted(names)]  # noqa: PTH118
 
 
 def _has_photo_suffix(path: str) -> bool:

@@ -17,6 +17,7 @@ from indexer.rerank import Reranker
 from indexer.vector_index import VectorIndex
 
 TEXT_BATCH = 256
+KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
 EXCLUSION_PROBABILITY = 0.5  # a photo whose match with a phrase to leave out is likelier than not is dropped
 
 
@@ -152,6 +153,8 @@ class Searcher:
 
     def _text_vectors(self, lines: list[str]) -> np.ndarray:
         """Unit vectors float32 [T, E]; a library's captions are embedded once, not once a photo."""
+        if len(self._known_texts) > KNOWN_TEXTS:
+            self._known_texts.clear()
         fresh = [line for line in lines if line not in self._known_texts]
         for at in range(0, len(fresh), TEXT_BATCH):
             part = fresh[at : at + TEXT_BATCH]

@@ -1,4 +1,4 @@
-"""FAISS behind seven verbs: add, remove, search, ids, save, load, len. The index is derived from the catalog.
+"""FAISS behind eight verbs: add, remove, search, ids, vectors, save, load, len. The index is derived from the catalog.
 
 Vectors are unit length, so the inner product is the cosine. They are stored as float16 in a flat index, which
 is exact to 1e-3 and fast to a few hundred thousand photos (Johnson et al. 2017; faiss.ai).
@@ -11,6 +11,8 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from indexer.errors import LibraryError
+
 KIND = "flat-fp16"
 
 
@@ -21,6 +23,7 @@ class VectorIndex:
 
     def __init__(self, dim: int):
         self.dim = dim
+        self.generation = -1  # of the catalog, when this index was last level with it
         self._lock = threading.RLock()
         flat = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
         self._index = faiss.IndexIDMap2(flat)
@@ -72,13 +75,24 @@ class VectorIndex:
         with self._lock:
             return faiss.vector_to_array(self._index.id_map).copy()
 
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """The stored vectors of ids that are there, float32 [n, dim]."""
+        with self._lock:
+            return self._index.reconstruct_batch(np.ascontiguousarray(ids, np.int64))
+
     def save(self, file: Path) -> None:
         """Write aside and rename: a reader sees the old index or the new one, never half of one."""
-        file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-        with self._lock:
-            faiss.write_index(self._index, str(aside))
-        aside.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                faiss.write_index(self._index, str(aside))
+            aside.replace(file)
+        except (RuntimeError, OSError) as error:
+            aside.unlink(missing_ok=True)
+            raise LibraryError(
+                f"the index cannot be saved in {file.parent} ({error}): free some space; the photos are safe"
+            ) from error
 
     @classmethod
     def load(cls, file: Path, dim: int) -> "VectorIndex":

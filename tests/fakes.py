@@ -44,6 +44,9 @@ class ColourEncoder:
         """[B, 1, 3]: the mean colour is the only token."""
         return pixels.reshape(len(pixels), -1, 3).mean(1, keepdims=True).astype(np.float32)
 
+    def separate_tokens(self, pixels: np.ndarray) -> list[np.ndarray]:
+        return list(self.image_tokens(pixels))
+
     def embed_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return _vectors(np.asarray(tokens)[:, 0])
 

@@ -28,10 +28,11 @@ def photoblip(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["photoblip", *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as stopped:
             main()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         code = stopped.value.code or 0
         return code, *capsys.readouterr()
 
@@ -102,6 +103,7 @@ def test_a_bad_file_is_exit_one_and_named_by_errors(photoblip, photos):
     ("arguments", "code", "words"),
     [
         (("search", "red"), 1, "there is no library"),
+        (("search",), 2, "--image"),
         (("index",), 2, "Missing argument"),
         (("search", "--top", "none"), 2, "Invalid value"),
         (("caption",), 2, "--missing"),

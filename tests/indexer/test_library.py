@@ -334,7 +334,7 @@ def test_another_model_is_built_beside_and_then_switched_to(open_library, photos
     library = PhotoLibrary.open(photos.parent / "library", load_encoder=lambda name: new if name == "other" else old)
     library.index(photos, workers=0)
     assert library.search("red")[0].model == old.name
-    assert library.reindex("other", workers=0) == 4
+    assert library.reindex("other", workers=0) == (4, 0)
     assert library.status()["model"] == "other" and library.status()["embedded"] == 4
     hits = library.search("red")
     assert names(hits)[0] == "red" and hits[0].model == "other"

@@ -65,7 +65,7 @@ def selected(catalog, where):
         ("taken=2023-06-30", [1]),
         ("taken>2023-06", [2]),
         ("taken<=2023-06", [1]),
-        ("taken!=2023-07-01", [1]),
+        ("taken!=2023-07-01", [1, 3]),
         ("month=7", [2]),
         ("camera=Pixel*", [1, 2]),
         ("camera=pixel_7*", [2]),

@@ -1,0 +1,187 @@
+"""What the pages have in common: the look, the photo grid, badges, tables of facts, errors as sentences.
+
+Captions and file names are other people's text: they are escaped before they become HTML or Markdown.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import streamlit as st
+
+from app import state
+from indexer.errors import UnreadablePhoto
+from indexer.images import EXTENSIONS
+
+HOME, IMAGE_TO_TEXT, LIBRARY = "views/home.py", "views/image_to_text.py", "views/library.py"
+UPLOAD_TYPES = sorted(extension.removeprefix(".") for extension in EXTENSIONS)
+UPLOAD_MEGABYTES = 50
+HERE = Path(__file__).parent
+STYLE, ICON = HERE / "style.css", HERE / "icon.svg"
+
+
+def style() -> None:
+    st.html(STYLE)
+
+
+def menu() -> None:
+    """The way to the pages. Not Streamlit's own menu: its link to the page at hand keeps that page's query."""
+    with st.container(horizontal=True, vertical_alignment="center", key="menu"):
+        st.html('<div class="pb-brand">photoblip</div>', width="content")
+        st.page_link(HOME, label="Search", icon=":material/search:", query_params={})
+        st.page_link(IMAGE_TO_TEXT, label="Image to text", icon=":material/image_search:")
+        st.page_link(LIBRARY, label="Library", icon=":material/folder_open:")
+
+
+def plain(text: object) -> str:
+    """Text as Markdown that shows exactly that text."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~$:^-])", r"\\\1", str(text))
+
+
+def problem(error: Exception) -> None:
+    """An error that the user can mend, as a sentence."""
+    words = str(error)
+    if isinstance(error, UnreadablePhoto):
+        words = f"this photo cannot be used: {words[:1].lower()}{words[1:]}"
+    st.error(plain(words[:1].upper() + words[1:]), icon=":material/error:")
+
+
+def empty_library() -> None:
+    """Leads from a library without photos to the page that adds some."""
+    with st.container(key="empty", horizontal_alignment="center"):
+        st.html("<h2>No photos yet</h2><p>Add a folder, and its photos can be found by what they show.</p>")
+        st.page_link(LIBRARY, label="Add photos", icon=":material/create_new_folder:")
+
+
+# -- photos -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A photo in the grid. note: what stands beside its name; meaning: the note in full, for a pointer's rest."""
+
+    photo_id: int
+    label: str
+    note: str = ""
+    meaning: str = ""
+
+
+def result_tile(hit) -> Tile:
+    """A search result, with its match probability, or its cosine where it was not re-ranked."""
+    label = hit.caption or Path(hit.path).name
+    if hit.probability is None:
+        return Tile(hit.photo_id, label, f"cos {hit.itc:.2f}", "cosine similarity; not read by the matching model")
+    return Tile(hit.photo_id, label, f"{hit.probability:.0%}", f"match probability; cosine {hit.itc:.2f}")
+
+
+def photo_tile(photo: Mapping) -> Tile:
+    """A photo of the catalog, without a score."""
+    return Tile(photo["id"], photo["caption"] or file_name(photo))
+
+
+def file_name(photo: Mapping) -> str:
+    return Path(photo["path"]).name if photo["path"] else f"photo {photo['id']}"
+
+
+def photo_grid(tiles: Iterable[Tile], key: str) -> None:
+    """Thumbnails in as many columns as fit; each opens its photo, and leads to photos like it.
+
+    Args:
+        key: unlike that of any other grid on the page.
+    """
+    with st.container(key=f"grid-{key}"):
+        for tile in tiles:
+            with st.container(key=f"tile-{key}-{tile.photo_id}", gap="xsmall"):
+                thumbnail(tile.photo_id, tile.label)
+                st.html(_tile_words(tile))
+                with st.container(horizontal=True, gap="small", key=f"links-{key}-{tile.photo_id}"):
+                    photo = str(tile.photo_id)  # beside the search at hand, which the photo page leads back to
+                    st.page_link(HOME, label="Open", query_params={**st.query_params, "photo": photo})
+                    st.page_link(HOME, label="Similar", query_params={"similar": photo})
+
+
+def example(words: str, draw: Callable[[], None], more: Callable[[], None] | None = None) -> None:
+    """A line that says, and shows, which photo the ones below are like."""
+    with st.container(horizontal=True, vertical_alignment="center", key="example-row"):
+        with st.container(width=72, key="tile-example"):
+            draw()
+        st.markdown(words, width="content")
+        if more:
+            more()
+
+
+def thumbnail(photo_id: int, alt: str) -> None:
+    """A photo's thumbnail file as it is, else its picture, else a grey field."""
+    photos = state.library()
+    try:
+        st.image(photos.thumbnail(photo_id).read_bytes(), alt=alt, width="stretch")
+    except OSError:  # gone, or not an image any more
+        try:
+            st.image(photos.picture(photo_id), alt=alt, width="stretch", output_format="JPEG")
+        except UnreadablePhoto as error:
+            st.html(f'<div class="pb-lost">{escape(error.detail)}</div>')
+
+
+def badge(text: str, meaning: str = "") -> str:
+    """A small quiet label, as HTML."""
+    return f'<span class="pb-badge" title="{escape(meaning)}">{escape(text)}</span>' if text else ""
+
+
+def _tile_words(tile: Tile) -> str:
+    name = f'<span class="pb-label" title="{escape(tile.label)}">{escape(tile.label)}</span>'
+    return f'<div class="pb-tile">{name}{badge(tile.note, tile.meaning)}</div>'
+
+
+# -- facts --------------------------------------------------------------------------------------------------
+
+
+def photo_facts(photo: Mapping) -> dict[str, str]:
+    """What is known of a photo, in words; what is not known is left out."""
+    camera = " ".join(dict.fromkeys(word for word in (photo["camera_make"], photo["camera_model"]) if word))
+    position = photo["latitude"] is not None and f"{photo['latitude']:.5f}, {photo['longitude']:.5f}"
+    if position and photo["altitude"] is not None:
+        position += f", {photo['altitude']:.0f} m"
+    facts = {
+        "Taken": photo["taken_at"] and f"{photo['taken_at']:%Y-%m-%d %H:%M}",
+        "Size": f"{photo['width']} x {photo['height']}",
+        "Camera": camera,
+        "Lens": photo["lens"],
+        "GPS": position,
+        "Format": f"{photo['format']}, {size_words(photo['bytes'])}",
+        "File": "\n".join(photo["paths"]) or "missing from disk",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def facts_table(facts: Mapping[str, object]) -> None:
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items())
+    st.html(f'<dl class="pb-facts">{rows}</dl>')
+
+
+def text_list(rows: Sequence[tuple[str, str, str]]) -> None:
+    """(text, badge, where it comes from) rows, one below the other."""
+    items = "".join(
+        f'<li><span class="pb-text">{escape(text) or "(no words)"}</span>{badge(note)}'
+        f'<span class="pb-origin">{escape(origin)}</span></li>'
+        for text, note, origin in rows
+    )
+    st.html(f'<ul class="pb-texts">{items}</ul>')
+
+
+def size_words(count: int) -> str:
+    """Bytes in a unit that people read."""
+    size, units = float(count), ["bytes", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "bytes" else f"{size:.1f} {units[0]}"
+
+
+def time_words(seconds: float) -> str:
+    """A rough duration: the bar moves anyway."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
