@@ -68,8 +68,9 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str, dec_token_id: int) -> Tens
 
 
 def tidy(text: str) -> str:
-    """Decoded WordPieces -> plain text: no dangling article or preposition, spaces and quotes put right."""
+    """Decoded WordPieces -> plain text: spaces and quotes put right, no word twice in a row, no dangling article."""
     words = text.replace(" ' ", "'").replace(" - ", "-").replace(" ,", ",").split()
+    words = [word for word, after in zip(words, [*words[1:], ""], strict=True) if word != after]
     while words and words[-1] in _DANGLING:
         words.pop()
     return " ".join(words)

@@ -504,7 +504,7 @@ def demo(
     out.print(f"{known} photos indexed in {report.seconds:.1f} s")
     with _open(folder / "library") as photos:
         wrong = [query for query in manifest["queries"] if not _demo_query(photos, query)]
-        first = photos_folder / manifest["queries"][0]["expect"]
+        first = photos_folder / manifest["caption"]
         words, score = photos.caption(str(first))
         out.print(f"\n[bold]caption of {first.name}:[/bold] {escape(words)} ({score:.0%})")
     if wrong:
