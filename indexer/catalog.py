@@ -23,6 +23,7 @@ from sqlalchemy import (
     exists,
     func,
     insert,
+    or_,
     select,
     text,
     update,
@@ -33,6 +34,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from indexer.errors import LibraryError
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
+SURE_CAPTION = 0.3  # a generated caption that the matching model believes less is not shown beside a photo
 HEAD = "0001"  # the newest migration: opening a catalog at this revision skips Alembic
 _own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
@@ -179,7 +181,9 @@ class Catalog:
                     found[row.photo_id]["path"] = row.path
             # a user's own words come before a model's, the surest caption before the others
             order = (Caption.source == "user", Caption.score, Caption.id)
-            for row in self.rows(select(*Caption.__table__.c).where(Caption.photo_id.in_(part)).order_by(*order)):
+            sure = or_(Caption.score.is_(None), Caption.score >= SURE_CAPTION)
+            captions = select(Caption.photo_id, Caption.text).where(Caption.photo_id.in_(part), sure)
+            for row in self.rows(captions.order_by(*order)):
                 found[row.photo_id]["caption"] = row.text
         return found
 

@@ -69,7 +69,7 @@ def test_thirty_steps_lower_the_losses(captioned, tmp_path, tiny_preset):
     run.model.train()
     losses = [run.step(number, np.arange(8)) for number in range(60)]
     for name in ("itc", "lm"):
-        first, last = (np.mean([float(row[name]) for row in part]) for part in (losses[:5], losses[-5:]))
+        first, last = (np.mean([row[name].item() for row in part]) for part in (losses[:5], losses[-5:]))
         assert last < 0.8 * first, name
 
 

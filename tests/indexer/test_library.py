@@ -11,7 +11,7 @@ from PIL import Image
 
 from indexer import PhotoLibrary
 from indexer.errors import LibraryBusy, LibraryError, ModelError, PhotoNotFound, QueryError, UnreadablePhoto
-from indexer.jobs import exclusive
+from indexer.jobs import exclusive, store_caption
 from tests.fakes import ColourEncoder
 from tests.indexer.conftest import COLOURS, paint
 
@@ -254,6 +254,14 @@ def test_the_users_own_words_come_before_a_models(library, photos):
     library.add_caption(str(photos / "red.png"), "our front door")
     library.caption(str(photos / "red.png"))
     assert library.search("red")[0].caption == "our front door"
+
+
+def test_a_caption_that_the_matching_model_doubts_is_not_shown_beside_the_photo(library, photos):
+    photo_id = library.photo_id(str(photos / "red.png"))
+    with library.catalog.transaction() as connection:
+        store_caption(connection, photo_id, "a green square", "colours", 0.1)
+    assert library.search("red")[0].caption is None
+    assert library.photo(photo_id)["captions"][0]["text"] == "a green square"
 
 
 def test_a_photo_is_described_by_the_best_of_the_librarys_texts(library, photos):
