@@ -96,7 +96,7 @@ def _bar(label: str):
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=err, transient=not err.is_terminal) as bar:
-        task = bar.add_task(label, total=None, rate="")
+        task = bar.add_task(f"{label}: starting", total=None, rate="")
 
         def move(step) -> None:
             speed = bar.tasks[0].speed

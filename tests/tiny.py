@@ -1,5 +1,7 @@
 """Tiny models with random weights, and where development data is. Nothing here is downloaded."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +54,20 @@ def drawn_photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
         (box[0], box[0], box[1] + 3, box[1] + 3), fill=tuple(rng.integers(0, 255, 3).tolist())
     )
     return image
+
+
+def hub_mirror(folder: Path) -> Path:
+    """Tiny random checkpoints as transformers writes them, laid out and named as on the hub. -> folder."""
+    from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
+
+    torch.manual_seed(3)
+    preprocessor = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    for repository, kind in (
+        ("Salesforce/blip-itm-base-coco", BlipForImageTextRetrieval),
+        ("Salesforce/blip-image-captioning-base", BlipForConditionalGeneration),
+        ("Salesforce/blip-vqa-base", BlipForQuestionAnswering),
+    ):
+        kind(tiny_config()).save_pretrained(folder / repository)
+        shutil.copy(TOKENIZER, folder / repository)
+        (folder / repository / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    return folder

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipForQuestionAnswering,
-    BlipProcessor,
-)
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipProcessor
 
 from blipcore import load
 from blipcore.calibration import Scoring
@@ -20,7 +15,7 @@ from blipcore.encoder import BlipEncoder
 from blipcore.errors import ModelError
 from blipcore.hub import KNOWN_MODELS, download
 from blipcore.transforms import TextTokenizer
-from tests.tiny import TOKENIZER, drawn_photo, pixels, tiny_blip, tiny_config
+from tests.tiny import TOKENIZER, drawn_photo, hub_mirror, pixels, tiny_blip, tiny_config
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -32,28 +27,12 @@ def saved(tmp_path):
     return model, tmp_path / "tiny"
 
 
-def save_hub_part(folder, theirs):
-    """A checkpoint as transformers writes it, with the files a hub repository has beside it."""
-    theirs.save_pretrained(folder)
-    tokenizer = json.loads(TOKENIZER.read_text(encoding="utf-8"))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    values = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "size": {"height": 32, "width": 32}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
-
-
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
     """A local mirror of the hub with tiny checkpoints under the published names."""
     monkeypatch.setenv("PHOTOBLIP_MODELS", str(tmp_path / "models"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    torch.manual_seed(3)
-    for repository, kind in (
-        ("Salesforce/blip-itm-base-coco", BlipForImageTextRetrieval),
-        ("Salesforce/blip-image-captioning-base", BlipForConditionalGeneration),
-        ("Salesforce/blip-vqa-base", BlipForQuestionAnswering),
-    ):
-        save_hub_part(tmp_path / "mirror" / repository, kind(tiny_config()))
-    return tmp_path / "mirror"
+    return hub_mirror(tmp_path / "mirror")
 
 
 def test_a_saved_model_loads_with_the_same_outputs(saved):

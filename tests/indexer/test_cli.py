@@ -16,7 +16,7 @@ from indexer.cli import main
 from indexer.schema import Job
 from tests.fakes import ColourEncoder
 from tests.indexer.conftest import COLOURS
-from tests.tiny import SHARED_DATA, needs_shared_data
+from tests.tiny import SHARED_DATA, hub_mirror, needs_shared_data
 
 
 @pytest.fixture
@@ -155,6 +155,25 @@ def test_another_model_for_an_old_library_points_to_reindex(photoblip, photos):
     photoblip("index", photos, "--jobs", 0)
     code, _, stderr = photoblip("index", photos, "--model", "blip-base")
     assert code == 1 and "reindex --model blip-base" in stderr
+
+
+def test_a_hub_model_downloads_indexes_searches_captions_and_answers(photoblip, photos, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(tmp_path / "library"))
+    monkeypatch.setenv("PHOTOBLIP_MODELS", str(tmp_path / "models"))
+    mirror = hub_mirror(tmp_path / "mirror")
+    for name in ("blip-base", "blip-vqa-base"):
+        assert photoblip("models", "download", name, "--from", mirror)[0] == 0
+    code, stdout, _ = photoblip("index", photos, "--model", "blip-base", "--jobs", 0, "--json")
+    assert code == 0 and rows(stdout)[0]["added"] == 4
+    hits = rows(photoblip("search", "a dog", "--json")[1])
+    assert len(hits) == 4 and all(hit["model"] == "blip-base" and 0 <= hit["itm"] <= 1 for hit in hits)
+    code, stdout, _ = photoblip("caption", photos / "red.png", "--json")
+    assert code == 0 and 0 <= rows(stdout)[0]["score"] <= 1
+    code, stdout, _ = photoblip("ask", photos / "red.png", "what is it?", "--model", "blip-vqa-base", "--json")
+    assert code == 0 and rows(stdout)[0]["question"] == "what is it?"
+    code, stdout, _ = photoblip("models", "info", "blip-base", "--json")
+    assert rows(stdout)[0]["abilities"] == ["match", "caption"]
 
 
 @needs_shared_data
