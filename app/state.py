@@ -63,15 +63,6 @@ def never_indexed() -> bool:
     return library().catalog.active_model() is None
 
 
-def latest_photos(count: int) -> list[dict]:
-    """The photos that came into the library last, newest first; none in an empty library."""
-    catalog = library().catalog
-    model = catalog.active_model()
-    ids = catalog.searchable_ids(model.id)[: -count - 1 : -1].tolist() if model else []
-    rows = catalog.photo_rows(ids)
-    return [rows[photo_id] for photo_id in ids if rows[photo_id]["path"]]
-
-
 def open_upload(data: bytes) -> Image.Image:
     """An uploaded picture, in a size that is enough for the models. Raises UnreadablePhoto."""
     picture = open_image(data, target=UPLOAD_SIDE)

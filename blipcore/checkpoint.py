@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 from transformers.models.blip.configuration_blip import BlipConfig
 
 from blipcore.calibration import Scoring
@@ -69,8 +70,9 @@ def _load_parts(folder: Path, name: str | None) -> LoadedModel:
         tokenizer=TextTokenizer(_need(folders[0], "tokenizer.json")),
         normalize=_normalizer(folders[0]),
     )
-    for part in folders:
-        _load_part(loaded, part)
+    with no_init_weights():  # drawing random weights that are overwritten takes a second
+        for part in folders:
+            _load_part(loaded, part)
     return loaded
 
 

@@ -233,6 +233,13 @@ class PhotoLibrary:
         row["paths"] = [f.path for f in self.catalog.rows(files) if f.missing_since is None]
         return row
 
+    def latest(self, count: int) -> list[dict]:
+        """The photos that came into the library last and are on disk, newest first, as `catalog.photo_rows`."""
+        query = select(Photo.id).where(is_present(Photo.id)).order_by(Photo.id.desc()).limit(count)
+        ids = [row.id for row in self.catalog.rows(query)]
+        rows = self.catalog.photo_rows(ids)
+        return [rows[photo_id] for photo_id in ids]
+
     def thumbnail(self, photo_id: int) -> Path:
         """The photo's thumbnail file (it may be gone: `picture` falls back to the original)."""
         content_hash = self.catalog.scalar(select(Photo.content_hash).where(Photo.id == photo_id))

@@ -165,7 +165,7 @@ def show_similar(wanted: Wanted) -> None:
 
 
 def show_hits(hits, wanted: Wanted) -> None:
-    if not hits and not state.latest_photos(1):
+    if not hits and not state.library().latest(1):
         components.empty_library()
         return
     if not hits:
@@ -179,7 +179,7 @@ def show_hits(hits, wanted: Wanted) -> None:
 
 def show_latest() -> None:
     """Before the first query: what the library holds."""
-    latest = state.latest_photos(12)
+    latest = state.library().latest(12)
     if not latest:
         components.empty_library()
         return

@@ -277,6 +277,13 @@ def test_describing_without_texts_says_what_to_do(library, photos):
         library.describe(str(photos / "red.png"))
 
 
+def test_the_latest_photos_come_newest_first_without_missing_ones(library, photos):
+    paint(photos / "white.png", (250, 250, 250))
+    (photos / "yellow.png").unlink()
+    library.index(photos, workers=0)
+    assert [Path(photo["path"]).stem for photo in library.latest(3)] == ["white", "red", "green"]
+
+
 def test_an_unknown_photo_is_an_error(library):
     for photo in (999, "/nowhere/a.jpg"):
         with pytest.raises(PhotoNotFound):
