@@ -156,7 +156,7 @@ class IndexJob:
             for root in roots:
                 add_root(connection, root)
         known = [row.path for row in self.catalog.rows(select(Root.path))]
-        self._reachable = [root for root in known if _holds_something(root)]
+        self._reachable = [root for root in known if _is_reachable(root)]
 
     def _usable(self, root: str) -> bool:
         """Whether a root is there. A root that vanished whole (an unmounted disk) leaves its photos alone."""
@@ -167,7 +167,7 @@ class IndexJob:
                 raise LibraryError(f"{root} does not exist: check the name, or mount the disk it is on")
             self._warn(f"{root} is not there (a disk that is not mounted?): its {photos} photos are left as they are")
             return False
-        if photos and os.path.isdir(root) and next(walk(root), None) is None:  # noqa: PTH112
+        if photos and _is_empty(root):
             self._warn(f"{root} is empty (a disk that is not mounted?): its {photos} photos are left as they are")
             return False
         return True
@@ -366,11 +366,17 @@ def _outermost(roots: list[str]) -> list[str]:
     return [root for root in roots if not any(root != up and root.startswith(up.rstrip("/") + "/") for up in roots)]
 
 
-def _holds_something(root: str) -> bool:
+def _is_empty(root: str) -> bool:
+    """Whether a folder can be listed and holds nothing, as the mount point of a disk that is not there."""
     try:
-        return os.path.isfile(root) or any(True for _ in os.scandir(root))  # noqa: PTH113
+        return os.path.isdir(root) and next(os.scandir(root), None) is None  # noqa: PTH112
     except OSError:
         return False
+
+
+def _is_reachable(root: str) -> bool:
+    """Whether a root is there, can be looked into, and holds something."""
+    return os.path.exists(root) and os.access(root, os.R_OK | os.X_OK) and not _is_empty(root)  # noqa: PTH110
 
 
 def searching(encoder):

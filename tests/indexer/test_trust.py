@@ -81,6 +81,14 @@ def test_a_disk_pulled_in_the_middle_of_a_run_loses_nothing(library, photos, tmp
     assert library.status()["missing"] == 0
 
 
+def test_a_folder_that_still_holds_other_things_did_lose_its_photos(library, photos):
+    (photos / "notes.txt").write_text("the disk is here, the photos are not")
+    for photo in photos.glob("*.png"):
+        photo.unlink()
+    report = library.index(photos, workers=0)
+    assert (report.missing, report.warnings) == (4, [])
+
+
 def test_verify_takes_nothing_from_a_running_search(library, open_library, photos):
     assert len(library.search("red")) == 4
     paint(photos / "white.png", (250, 250, 250))
