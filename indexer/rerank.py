@@ -48,6 +48,8 @@ class Reranker:
         with self._lock:
             held = {photo_id: self._tokens[photo_id] for photo_id in photo_ids if photo_id in self._tokens}
         held |= self._compute([photo_id for photo_id in photo_ids if photo_id not in held])
+        if not held:
+            return [], []
         with self._lock:
             for photo_id, tokens in held.items():  # all of one size
                 self._tokens[photo_id] = tokens

@@ -219,3 +219,12 @@ def test_an_endless_filter_is_one_sentence(library):
 def test_photos_without_a_date_are_not_of_that_year(library):
     for where in ("NOT year=2023", "year!=2023", "NOT taken=2023", "taken!=2023-05", "camera!=Pixel*"):
         assert len(library.search("red", where=where)) == 4, where
+
+
+def test_a_search_whose_candidates_can_no_longer_be_read_still_answers(library, photos):
+    for photo_id in range(1, 5):
+        library.thumbnail(photo_id).unlink()
+    for photo in photos.glob("*.png"):
+        photo.unlink()
+    hits = library.search("red")
+    assert names(hits)[0] == "red" and hits.reranked == 0 and hits[0].probability is None
