@@ -19,7 +19,7 @@ from transformers.models.blip.configuration_blip import BlipConfig
 
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
-from blipcore.models.blip import Blip
+from blipcore.models.blip import Blip, tie_lm_head
 from blipcore.models.vqa import BlipVqa
 from blipcore.transforms import Normalizer, TextTokenizer
 
@@ -101,7 +101,8 @@ def _load_part(loaded: LoadedModel, folder: Path) -> None:
 def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module:
     """Copy the weights in, and insist that every weight the model needs was there."""
     if hasattr(model, "text_decoder"):
-        _tie_head(model, state)
+        tie_lm_head(model.text_decoder)
+        _name_head_bias(state)
     missing, _ = model.load_state_dict(state, strict=False)
     optional = {"temp", *_shared_names(model)}
     missing = [key for key in missing if key not in optional and not key.endswith("position_ids")]
@@ -113,14 +114,12 @@ def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module
     return model.eval()
 
 
-def _tie_head(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """transformers saves the tied LM head once, under one of two names; make both point to one tensor."""
-    head = model.text_decoder.cls.predictions
-    head.decoder.weight = model.text_decoder.bert.embeddings.word_embeddings.weight
-    head.decoder.bias = head.bias
+def _name_head_bias(state: dict[str, Tensor]) -> None:
+    """transformers saves the LM head's tied bias once, under one of two names: give it ours."""
     bias = "text_decoder.cls.predictions.bias"
-    if bias not in state and f"{bias[:-5]}.decoder.bias" in state:
-        state[bias] = state[f"{bias[:-5]}.decoder.bias"]
+    other = "text_decoder.cls.predictions.decoder.bias"
+    if bias not in state and other in state:
+        state[bias] = state[other]
 
 
 def _shared_names(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
@@ -258,8 +259,7 @@ class IndexJob:
             for file, photo, vector in zip(batch.files, batch.photos, batch.vectors, strict=True):
                 photo_id = _photo_id(connection, photo)
                 self._count(*_place_file(connection, file, photo_id, self._is_gone))
-                row = upsert(Embedding).values(model_id=self._model_id, photo_id=photo_id, vector=vector.tobytes())
-                connection.execute(row.on_conflict_do_nothing())
+                _store_vector(connection, self._model_id, photo_id, vector)
             forget_failures(connection, [file.path for file in batch.files])
             for file, error in batch.failures:
                 record_failure(connection, file.path, error.reason, error.detail, _stat(file))
@@ -287,7 +287,7 @@ class IndexJob:
             return
         query = select(File.id, File.path).where(under(File.path, root), File.missing_since.is_(None))
         rows = self.catalog.stream(query)
-        gone = [row.id for row in rows if row.id not in self._seen and not self._hidden(row.path)]
+        gone = [row.id for row in rows if row.id not in self._seen and not _lies_below(row.path, self._blocked)]
         query = select(Failure.path, Failure.size).where(under(Failure.path, root))
         mended = [row.path for row in self.catalog.stream(query) if self._mended(row)]
         with self.catalog.transaction() as connection:
@@ -300,17 +300,13 @@ class IndexJob:
 
     def _mended(self, failure) -> bool:
         """A failure of the walk that did not come up again, or of a file that is gone."""
-        if failure.path in self._problems or self._hidden(failure.path):
+        if failure.path in self._problems or _lies_below(failure.path, self._blocked):
             return False
         return failure.size is None or not os.path.lexists(failure.path)
 
     def _is_gone(self, path: str) -> bool:
         """Whether a file is no longer there, rather than on a disk that is not."""
-        lost = not os.path.lexists(path)
-        return lost and any(path.startswith(root.rstrip("/") + "/") for root in self._reachable)
-
-    def _hidden(self, path: str) -> bool:
-        return any(path.startswith(folder.rstrip("/") + "/") for folder in self._blocked)
+        return not os.path.lexists(path) and _lies_below(path, self._reachable)
 
 
 class _Counter:
@@ -363,7 +359,11 @@ def _absolute(folder: str | Path) -> str:
 
 def _outermost(roots: list[str]) -> list[str]:
     """Roots that do not lie below another one: each file is walked once."""
-    return [root for root in roots if not any(root != up and root.startswith(up.rstrip("/") + "/") for up in roots)]
+    return [root for root in roots if not _lies_below(root, roots)]
+
+
+def _lies_below(path: str, folders: Iterable[str]) -> bool:
+    return any(path != folder and path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 def _is_empty(root: str) -> bool:
@@ -425,6 +425,12 @@ def _place_file(
     return "added", connection.execute(insert(File).values(path=file.path, **values)).inserted_primary_key[0]
 
 
+def _store_vector(connection: Connection, model_id: int, photo_id: int, vector: np.ndarray) -> None:
+    """Keep a photo's float16 vector, unless the model has one for it already."""
+    row = upsert(Embedding).values(model_id=model_id, photo_id=photo_id, vector=vector.tobytes())
+    connection.execute(row.on_conflict_do_nothing())
+
+
 # -- reindex ------------------------------------------------------------------------------------------------
 
 
@@ -456,18 +462,13 @@ def embed_missing(
             for batch in embed_batches(decoded, encoder.embed_pixels, batch_size):
                 done += len(batch.files)
                 with catalog.transaction() as connection:
-                    _store_vectors(connection, model_id, batch)
+                    for picture, vector in zip(batch.files, batch.vectors, strict=True):
+                        _store_vector(connection, model_id, picture.photo_id, vector)
+                    bump_generation(connection)
                     job_progress(connection, job_id, done, 0, total)
                 if progress:
                     progress(Progress(done, total, 0))
     return model_id, total - done
-
-
-def _store_vectors(connection: Connection, model_id: int, batch: Batch) -> None:
-    for file, vector in zip(batch.files, batch.vectors, strict=True):
-        values = {"model_id": model_id, "photo_id": file.photo_id, "vector": vector.tobytes()}
-        connection.execute(upsert(Embedding).values(values).on_conflict_do_nothing())
-    bump_generation(connection)
 
 
 def _photos_without(catalog: Catalog, model_id: int) -> list[int]:

@@ -291,7 +291,7 @@ class PhotoLibrary:
     def verify(self) -> list[str]:
         """Check the catalog, the index and the thumbnails against each other. -> problems, as sentences."""
         problems = []
-        with self.catalog.engine.connect() as connection:
+        with self.catalog.reading() as connection:
             for (line,) in connection.exec_driver_sql("PRAGMA integrity_check"):
                 problems += [] if line == "ok" else [f"catalog: {line}"]
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()

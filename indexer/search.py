@@ -174,16 +174,15 @@ class Searcher:
 
     def _exclude(self, ids: np.ndarray, itc: np.ndarray, phrases) -> tuple[np.ndarray, np.ndarray]:
         """Drop candidates that the matching model finds likelier than not to show one of the phrases."""
-        keep = np.ones(len(ids), bool)
+        shown: set[int] = set()
         for phrase in phrases:
             vector = self.encoder.embed_texts([phrase])[0]
             margins = self.reranker.score(phrase, ids.tolist())
-            for part, vectors in self.catalog.vectors(self.model.id, ids.tolist()):
-                cosines = dict(zip(part.tolist(), (vectors @ vector).tolist(), strict=True))
-                for at, photo_id in enumerate(ids.tolist()):
-                    if photo_id in cosines and photo_id in margins:
-                        p = self.encoder.scoring.probability(margins[photo_id], cosines[photo_id])
-                        keep[at] &= bool(p < EXCLUSION_PROBABILITY)
+            for part, vectors in self.catalog.vectors(self.model.id, margins):
+                read = np.array([margins[photo_id] for photo_id in part.tolist()])
+                probability = self.encoder.scoring.probability(read, vectors @ vector)
+                shown.update(part[probability >= EXCLUSION_PROBABILITY].tolist())
+        keep = ~np.isin(ids, list(shown))
         return ids[keep], itc[keep]
 
     def _ordered(self, ids, itc, margins: dict) -> list[tuple[int, float, float | None, float | None]]:

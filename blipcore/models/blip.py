@@ -21,6 +21,13 @@ def starting_with(token_id: int, input_ids: Tensor) -> Tensor:
     return replaced
 
 
+def tie_lm_head(decoder: BlipTextLMHeadModel) -> None:
+    """The LM head's matrix is the word embedding; its two biases are one (as transformers ties them)."""
+    head = decoder.cls.predictions
+    head.decoder.weight = decoder.bert.embeddings.word_embeddings.weight
+    head.decoder.bias = head.bias
+
+
 class SdpaAttention(BlipAttention):
     """The tower's self-attention through PyTorch's fused kernel: transformers has eager only for BLIP."""
 
@@ -72,13 +79,7 @@ class Blip(nn.Module):
             ours.crossattention = theirs.crossattention
             ours.intermediate = theirs.intermediate
             ours.output = theirs.output
-        self.tie_lm_head()
-
-    def tie_lm_head(self) -> None:
-        """The LM head's matrix is the word embedding; its two biases are one (as transformers ties them)."""
-        head = self.text_decoder.cls.predictions
-        head.decoder.weight = self.text_decoder.bert.embeddings.word_embeddings.weight
-        head.decoder.bias = head.bias
+        tie_lm_head(self.text_decoder)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_platt
+from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, sigmoid
 from blipcore.captioned import load_captioned
 from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
@@ -42,7 +42,7 @@ def fit_scoring(encoder: BlipEncoder, pool: Pool, *, k: int, queries: int, seed:
     if scale <= 0:
         raise ValueError("ITM does not tell matches from mismatches on dev: train longer before packaging")
     scoring = Scoring(itc_weight=weight, scale=scale, bias=bias, calibrated=True)
-    probability = 1 / (1 + np.exp(-(scale * held + bias)))
+    probability = sigmoid(scale * held + bias)
     figures = {
         "queries": len(texts),
         "k": k,

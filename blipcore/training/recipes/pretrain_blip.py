@@ -30,7 +30,7 @@ from blipcore.training.objectives import (
 )
 from blipcore.training.prototypes import ClassPrototypes
 from blipcore.training.starts import load_text_start, load_vision_start
-from blipcore.transforms import Normalizer, TextTokenizer
+from blipcore.transforms import Normalizer, TextTokenizer, squash
 
 
 @dataclass
@@ -235,8 +235,6 @@ def split_cross_attention(model: Blip, groups: list[dict], rate: float) -> list[
 @torch.no_grad()
 def itc_recall(model: Blip, photos: CaptionedPhotos, tokenizer: TextTokenizer, normalize: Normalizer) -> dict:
     """Recall of ITC alone, every caption against every photo."""
-    from blipcore.transforms import squash
-
     size = model.config.vision_config.image_size
     texts, owners = photos.texts()
     with torch.autocast(model.device.type, torch.bfloat16):
