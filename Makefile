@@ -44,5 +44,5 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "photoblip needs Python 3.11 or newer: run make with PYTHON=/path/to/a/newer/python3." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --python $(BIN)/python -e '.[demo,train,dev]' -c constraints.txt
+	$(BIN)/uv pip install --python $(BIN)/python -e '.[demo,train,evaluate,dev]' -c constraints.txt
 	@touch $@

@@ -3,8 +3,10 @@
 Captions and file names are other people's text: they are escaped before they become HTML or Markdown.
 """
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -12,9 +14,12 @@ from pathlib import Path
 import streamlit as st
 
 from app import state
-from indexer.errors import UnreadablePhoto
+from blipcore.hub import KNOWN_MODELS
+from indexer.errors import ModelError, PhotoblipError, UnreadablePhoto
 from indexer.images import EXTENSIONS
+from indexer.library import ABILITIES
 
+log = logging.getLogger(__name__)
 HOME, IMAGE_TO_TEXT, LIBRARY = "views/home.py", "views/image_to_text.py", "views/library.py"
 UPLOAD_TYPES = sorted(extension.removeprefix(".") for extension in EXTENSIONS)
 UPLOAD_MEGABYTES = 50
@@ -48,6 +53,30 @@ def problem(error: Exception) -> None:
     st.error(plain(words[:1].upper() + words[1:]), icon=":material/error:")
 
 
+@contextmanager
+def errors_as_words() -> Iterator[None]:
+    """An error inside becomes a sentence on the page; one that nobody foresaw is in the log as well."""
+    try:
+        yield
+    except (PhotoblipError, ModelError) as error:
+        problem(error)
+    except Exception as error:
+        log.exception("the page broke off")
+        words = next(iter(str(error).splitlines()), "")
+        st.error(plain(f"Something went wrong ({type(error).__name__}: {words}): try again."), icon=":material/error:")
+
+
+def no_model(*abilities: str) -> None:
+    """That no model on this machine can do that, and the command that brings one."""
+    what, able = zip(*(ABILITIES[ability] for ability in abilities), strict=True)
+    ways = (f"`photoblip models download {name}` ({KNOWN_MODELS[name].gigabytes} GB)" for name in able)
+    st.caption(f"No model on this machine can {' or '.join(what)}: run {' or '.join(ways)} and reload the page.")
+
+
+def model_name(name_or_folder: str) -> str:
+    return Path(name_or_folder).name
+
+
 def empty_library() -> None:
     """Leads from a library without photos to the page that adds some."""
     with st.container(key="empty", horizontal_alignment="center"):
@@ -60,20 +89,28 @@ def empty_library() -> None:
 
 @dataclass(frozen=True)
 class Tile:
-    """A photo in the grid. note: what stands beside its name; meaning: the note in full, for a pointer's rest."""
+    """A photo in the grid.
+
+    Attributes:
+        note: what stands beside its name; meaning: the note in full, for a pointer's rest.
+        answer: what a model answered about it, "" where nothing was asked.
+    """
 
     photo_id: int
     label: str
     note: str = ""
     meaning: str = ""
+    answer: str = ""
 
 
 def result_tile(hit) -> Tile:
     """A search result, with its match probability, or its cosine where it was not re-ranked."""
     label = hit.caption or Path(hit.path).name
+    answer = "" if hit.question is None else hit.answer or "(no answer)"
     if hit.probability is None:
-        return Tile(hit.photo_id, label, f"cos {hit.itc:.2f}", "cosine similarity; not read by the matching model")
-    return Tile(hit.photo_id, label, f"{hit.probability:.0%}", f"match probability; cosine {hit.itc:.2f}")
+        meaning = "cosine similarity; not read by the matching model"
+        return Tile(hit.photo_id, label, f"cos {hit.itc:.2f}", meaning, answer)
+    return Tile(hit.photo_id, label, f"{hit.probability:.0%}", f"match probability; cosine {hit.itc:.2f}", answer)
 
 
 def photo_tile(photo: Mapping) -> Tile:
@@ -131,7 +168,9 @@ def badge(text: str, meaning: str = "") -> str:
 
 def _tile_words(tile: Tile) -> str:
     name = f'<span class="pb-label" title="{escape(tile.label)}">{escape(tile.label)}</span>'
-    return f'<div class="pb-tile">{name}{badge(tile.note, tile.meaning)}</div>'
+    words = f'<div class="pb-tile">{name}{badge(tile.note, tile.meaning)}</div>'
+    answer = escape(tile.answer)
+    return words + (f'<div class="pb-answer" title="{answer}">{answer}</div>' if answer else "")
 
 
 # -- facts --------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import streamlit as st
 
 from app import components
-from indexer.errors import ModelError, PhotoblipError
 
 st.set_page_config(page_title="photoblip", page_icon=str(components.ICON), layout="wide")
 page = st.navigation(
@@ -16,7 +15,5 @@ page = st.navigation(
 )
 components.style()
 components.menu()
-try:
+with components.errors_as_words():
     page.run()
-except (PhotoblipError, ModelError) as error:
-    components.problem(error)

@@ -7,8 +7,10 @@ named retrieval, captioning and vqa, as `photoblip models download` lays them ou
 
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,11 +22,17 @@ from transformers.models.blip.configuration_blip import BlipConfig
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
 from blipcore.models.blip import Blip, tie_lm_head
+from blipcore.models.nlvr import MAX_TOKENS, BlipNlvr
 from blipcore.models.vqa import BlipVqa
 from blipcore.transforms import Normalizer, TextTokenizer
 
+if TYPE_CHECKING:
+    from blipcore.models.blip2 import Blip2
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's own files
+NLVR = "BlipForNlvr"  # our own name: transformers has no such class
+BLIP2 = "Blip2ForImageTextRetrieval"
 
 # Opens a tied folder in plain transformers as a captioner:
 #     BlipForConditionalGeneration.from_pretrained(folder, key_mapping=CAPTIONING_KEY_MAPPING)
@@ -44,20 +52,52 @@ class LoadedModel:
     fingerprint: str
     tokenizer: TextTokenizer
     normalize: Normalizer
-    retrieval: Blip | None = None
+    retrieval: "Blip | Blip2 | None" = None
     captioner: Blip | None = None  # the same object as `retrieval` where one network does both
     vqa: BlipVqa | None = None
     scoring: Scoring = field(default_factory=Scoring)
     prompt: str = ""
 
+    def need_retrieval(self) -> Blip:
+        """The network that embeds and matches. Raises ModelError where the folder has none."""
+        if self.retrieval is None:
+            raise ModelError(f"{self.name} cannot search: use blip-mini, or download blip-base")
+        return self.retrieval
+
+    def need_blip(self) -> Blip:
+        """As `need_retrieval`, for what only BLIP itself has: a temperature that learns, tied towers."""
+        if not isinstance(network := self.need_retrieval(), Blip):
+            raise ModelError(
+                f"{self.name} is a BLIP-2, and this is for BLIP models: use blip-mini, or download blip-base"
+            )
+        return network
+
+    def save(self, network: Blip, folder: Path, prompt: str | None = None) -> Path:
+        """Write a network trained from this folder as one of its kind: tokenizer, normalisation, scoring and prompt."""
+        options = {"mean": self.normalize.mean, "std": self.normalize.std, "scoring": self.scoring}
+        return save(network, folder, self.tokenizer, **options, prompt=self.prompt if prompt is None else prompt)
+
+    def need_captioner(self) -> Blip:
+        """The network that writes captions. Raises ModelError where the folder has none."""
+        if self.captioner is None:
+            raise ModelError(f"{self.name} cannot write captions: use blip-mini, or download blip-base")
+        return self.captioner
+
 
 def load_folder(folder: Path, name: str | None = None) -> LoadedModel:
     """Load a model folder on the CPU in float32. Raises ModelError naming what is missing or unreadable."""
-    try:
+    with _explaining(folder):
         return _load_parts(Path(folder), name)
+
+
+@contextmanager
+def _explaining(folder: Path):
+    """Damaged files fail in many ways, in three libraries; the user needs one sentence."""
+    try:
+        yield
     except ModelError:
         raise
-    except Exception as error:  # damaged files fail in many ways, in three libraries; the user needs one sentence
+    except Exception as error:
         raise ModelError(f"the model in {folder} cannot be loaded ({error}): check or download its files") from error
 
 
@@ -78,13 +118,16 @@ def _load_parts(folder: Path, name: str | None) -> LoadedModel:
 
 def _load_part(loaded: LoadedModel, folder: Path) -> None:
     """Build the networks one folder describes, by the architecture its config names."""
-    config = read_config(folder)
-    architecture = (config.architectures or ["BlipForImageTextRetrieval"])[0]
-    state = read_weights(folder)
     extras = _read_json(folder / EXTRAS)
     loaded.prompt = extras.get("caption_prompt", loaded.prompt)
     if "scoring" in extras:
         loaded.scoring = Scoring(**extras["scoring"])
+    if BLIP2 in (_read_json(folder / "config.json").get("architectures") or ()):
+        loaded.retrieval = _read_blip2(folder)
+        return
+    config = read_config(folder)
+    architecture = (config.architectures or ["BlipForImageTextRetrieval"])[0]
+    state = read_weights(folder)
     if architecture == "BlipForQuestionAnswering":
         loaded.vqa = _fill(BlipVqa(config), state, folder)
     elif architecture == "BlipForConditionalGeneration":
@@ -180,6 +223,95 @@ def save(
 
     The folder opens in `load_folder` and in plain transformers (see CAPTIONING_KEY_MAPPING).
     """
+    matches = hasattr(model, "text_encoder")
+    architecture = "BlipForImageTextRetrieval" if matches else "BlipForConditionalGeneration"
+    extras = {"caption_prompt": prompt} | ({"scoring": scoring.as_dict()} if scoring and matches else {})
+    folder = _write_folder(model, folder, tokenizer, architecture, mean=mean, std=std)
+    _write_json(folder / EXTRAS, extras)
+    return folder
+
+
+def save_vqa(model: BlipVqa, folder: Path, tokenizer: TextTokenizer, *, mean, std) -> Path:
+    """Write a question-answering model, as `save`: for `load_folder`, and for transformers' BlipForQuestionAnswering.
+
+    (transformers' class gives its answer decoder the image's width, so it opens the folder only where image and
+    text are equally wide, as they are in every published model.)
+    """
+    return _write_folder(model, folder, tokenizer, "BlipForQuestionAnswering", mean=mean, std=std)
+
+
+class LoadedNlvr(NamedTuple):
+    """What a folder written by `save_nlvr` held."""
+
+    model: BlipNlvr
+    tokenizer: TextTokenizer
+    normalize: Normalizer
+
+
+def save_nlvr(model: BlipNlvr, folder: Path, tokenizer: TextTokenizer, *, mean, std) -> Path:
+    """Write a model of statements about two pictures, as `save`; transformers has no class for it."""
+    return _write_folder(model, folder, tokenizer, NLVR, mean=mean, std=std)
+
+
+def is_nlvr(folder: Path) -> bool:
+    """Whether a folder is one that `save_nlvr` wrote."""
+    return NLVR in (_read_json(Path(folder) / "config.json").get("architectures") or ())
+
+
+def load_nlvr(folder: Path) -> LoadedNlvr:
+    """Load a folder that `save_nlvr` wrote, on the CPU in float32. Raises ModelError as `load_folder`."""
+    folder = Path(folder)
+    with _explaining(folder), no_init_weights():
+        config = read_config(folder)
+        if not is_nlvr(folder):
+            raise ModelError(f"{folder} holds no model of two pictures: train one with `photoblip train finetune_nlvr`")
+        model = _fill(BlipNlvr(config), read_weights(folder), folder)
+        return LoadedNlvr(model, TextTokenizer(_need(folder, "tokenizer.json"), MAX_TOKENS), _normalizer(folder))
+
+
+class LoadedBlip2(NamedTuple):
+    """What a folder of BLIP-2's first stage held."""
+
+    model: "Blip2"
+    tokenizer: TextTokenizer
+    normalize: Normalizer
+
+
+def save_blip2(model: "Blip2", folder: Path, tokenizer: TextTokenizer, *, mean, std) -> Path:
+    """Write BLIP-2's first stage, as `save`: for `load_blip2`, and for transformers' Blip2ForImageTextRetrieval.
+
+    The head that writes (`cls.`) and the temperature are more than that class reads: it says so and goes on.
+    """
+    return _write_folder(model, folder, tokenizer, BLIP2, mean=mean, std=std)
+
+
+def load_blip2(folder: Path) -> LoadedBlip2:
+    """Load Salesforce/blip2-itm-* or what `save_blip2` wrote, on the CPU in float32.
+
+    It has the head that writes where the folder has it; the hub's have none. Raises ModelError as `load_folder`.
+    """
+    folder = Path(folder)
+    with _explaining(folder), no_init_weights():
+        return LoadedBlip2(_read_blip2(folder), TextTokenizer(_need(folder, "tokenizer.json")), _normalizer(folder))
+
+
+def _read_blip2(folder: Path) -> "Blip2":
+    from blipcore.models.blip2 import Blip2, Blip2Config  # a tenth of a second that BLIP does without
+
+    values = json.loads(_need(folder, "config.json").read_text(encoding="utf-8"))
+    kind = (values.get("architectures") or [values.get("model_type")])[0]
+    if kind != BLIP2:
+        raise ModelError(
+            f"{folder} holds a {kind}, not BLIP-2's first stage: train one with `photoblip train pretrain_blip2`"
+        )
+    config = Blip2Config.from_dict(values | {"image_token_index": None})  # with it transformers drops 32 words
+    state = read_weights(folder)
+    captioning = any(key.startswith("cls.") for key in state)
+    return _fill(Blip2(config, captioning=captioning), state, folder)
+
+
+def _write_folder(model: nn.Module, folder: Path, tokenizer: TextTokenizer, architecture: str, *, mean, std) -> Path:
+    """Weights in float16, each shared tensor once, config, preprocessor, tokenizer. -> the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shared = _shared_names(model)
@@ -189,12 +321,10 @@ def save(
     weights = folder / "model.safetensors"
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors writes it for its owner alone
-    config = model.config.to_dict() | {"architectures": ["BlipForImageTextRetrieval"], "dtype": "float32"}
+    config = model.config.to_dict() | {"architectures": [architecture], "dtype": "float32"}
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", _preprocessor(model.config, mean, std))
     _save_tokenizer(tokenizer, folder)
-    extras = {"caption_prompt": prompt} | ({"scoring": scoring.as_dict()} if scoring else {})
-    _write_json(folder / EXTRAS, extras)
     return folder
 
 
@@ -246,5 +376,5 @@ def _write_json(file: Path, values: dict, indent: int | None = 2) -> None:
 def load_trained(preset_config: BlipConfig, file: Path) -> Blip:
     """A training run's weights.pt in a fresh model."""
     model = Blip(preset_config)
-    model.load_state_dict(torch.load(file, weights_only=True))
+    model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
     return model.eval()

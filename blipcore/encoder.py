@@ -4,7 +4,8 @@ Everything here takes and gives numpy arrays and plain Python; torch stays behin
 """
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from blipcore.calibration import Scoring
-from blipcore.checkpoint import LoadedModel, load_folder
+from blipcore.checkpoint import LoadedModel, fingerprint, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
-from blipcore.hub import canonical_name, find_model
-from blipcore.matcher import match_pairs
-from blipcore.transforms import squash
+from blipcore.hub import canonical_name, find_model, holds_vlm
+from blipcore.matcher import match_logits, match_pairs
+from blipcore.transforms import clean_caption, clean_question, squash
 
-__all__ = ["BlipEncoder", "Caption", "ModelError", "Scoring", "load_encoder"]
+__all__ = ["BlipEncoder", "Caption", "ModelError", "Scoring", "VlmEncoder", "load_encoder"]
 
 log = logging.getLogger(__name__)
 Picture = Image.Image | np.ndarray | str | Path
@@ -43,6 +44,7 @@ class BlipEncoder:
         self.can_match = model.retrieval is not None
         self.can_caption = model.captioner is not None
         self.can_ask = model.vqa is not None
+        self.can_chat = self.can_ground = False
         config = next(m for m in (model.retrieval, model.captioner, model.vqa) if m is not None).config
         self.input_size, self.dim = config.vision_config.image_size, config.image_text_hidden_size
         self._dtype = choose_precision(precision, self.device)
@@ -58,16 +60,16 @@ class BlipEncoder:
 
     def image_tokens(self, pixels: np.ndarray) -> Tensor:
         """uint8 [B, S, S, 3] -> the vision tower's tokens [B, N, D], what matching and heat maps read."""
-        return self._tokens(self._need_retrieval(), pixels)
+        return self._tokens(self._model.need_retrieval(), pixels)
 
     def separate_tokens(self, pixels: np.ndarray) -> list[Tensor]:
         """As `image_tokens`, one [N, D] a photo: kept alone, a row of a batch would hold the batch in memory."""
         return [row.clone() for row in self.image_tokens(pixels)]
 
     def embed_tokens(self, tokens: Tensor) -> np.ndarray:
-        """Tokens [B, N, D] -> unit vectors float32 [B, E]."""
+        """Tokens [B, N, D] -> unit vectors float32 [B, E]; [B, 32, E] of BLIP-2, the nearest of which counts."""
         with torch.inference_mode():
-            return self._need_retrieval().project_images(tokens).float().cpu().numpy()
+            return self._model.need_retrieval().project_images(tokens).float().cpu().numpy()
 
     def embed_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [B, S, S, 3] -> unit vectors float32 [B, E]."""
@@ -81,7 +83,7 @@ class BlipEncoder:
         """Texts -> unit vectors float32 [T, E]."""
         ids, mask = self._tokenize(texts)
         with torch.inference_mode():
-            return self._need_retrieval().encode_texts(ids, mask).float().cpu().numpy()
+            return self._model.need_retrieval().encode_texts(ids, mask).float().cpu().numpy()
 
     # -- matching -------------------------------------------------------------------------------------------
 
@@ -97,28 +99,52 @@ class BlipEncoder:
         pairs = np.stack([row % len(images), row % len(texts)], 1)
         return self.match_tokens(self.image_tokens(self.pixels(images)), texts, pairs)
 
-    def match_tokens(self, tokens: Tensor | Sequence[Tensor], texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
-        """ITM margins float32 [P] for int pairs [P, 2] of (row of tokens [I, N, D], index of a text)."""
+    def match_tokens(
+        self, tokens: Tensor | Sequence[Tensor], texts: Sequence[str], pairs: np.ndarray, *, logits: bool = False
+    ) -> np.ndarray:
+        """ITM margins float32 [P] for int pairs [P, 2] of (row of tokens [I, N, D], index of a text).
+
+        With `logits`, float32 [P, 2]: (mismatch, match), whose difference the margin is.
+        """
         tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
         ids, mask = self._tokenize(texts)
         with torch.inference_mode():
-            return match_pairs(self._need_retrieval(), tokens, ids, mask, np.asarray(pairs))
+            match = match_logits if logits else match_pairs
+            return match(self._model.need_retrieval(), tokens, ids, mask, np.asarray(pairs))
 
     # -- language -------------------------------------------------------------------------------------------
 
-    def caption(self, images: Sequence[Picture], candidates: int = 3) -> list[Caption]:
-        """One caption a picture: of several beams, the one the matching model believes most, with its score."""
-        return self.caption_pixels(self.pixels(images), candidates) if len(images) else []
+    def caption(
+        self, images: Sequence[Picture], candidates: int = 3, judge: "BlipEncoder | None" = None, beams: int = 3
+    ) -> list[Caption]:
+        """One caption a picture: of several beams, the one the matching model believes most, with its score.
 
-    def caption_pixels(self, pixels: np.ndarray, candidates: int = 3) -> list[Caption]:
-        """As `caption`, from uint8 [B, S, S, 3]."""
+        `judge` is the model that believes, where this one cannot match.
+        """
+        if not len(images):
+            return []
+        written = self.caption_pixels(self.pixels(images), candidates if self.can_match or not judge else 1, beams)
+        if self.can_match or judge is None:
+            return written
+        return judge.judged(images, [[caption.text] for caption in written])
+
+    def judged(self, images: Sequence[Picture], texts: Sequence[Sequence[str]]) -> list[Caption]:
+        """Of each picture's texts the one that the matching model believes most, with its probability."""
+        return self._pick_captions(self.image_tokens(self.pixels(images)), [list(group) for group in texts])
+
+    def caption_pixels(self, pixels: np.ndarray, candidates: int = 3, beams: int = 3) -> list[Caption]:
+        """As `caption`, from uint8 [B, S, S, 3]; `beams` are kept while searching, never fewer than candidates."""
         model = self._model
-        if model.captioner is None:
-            raise ModelError(f"{self.name} cannot write captions: use blip-mini, or download blip-base")
+        captioner = model.need_captioner()
         with torch.inference_mode():
-            tokens = self._tokens(model.captioner, pixels)
+            tokens = self._tokens(captioner, pixels)
             found = caption_candidates(
-                model.captioner, tokens, model.tokenizer, prompt=model.prompt, candidates=candidates
+                captioner,
+                tokens,
+                model.tokenizer,
+                prompt=model.prompt,
+                beams=beams,
+                candidates=candidates,
             )
         if model.retrieval is None:
             return [Caption(texts[0], None) for texts in found]
@@ -131,22 +157,44 @@ class BlipEncoder:
         owner = [row for row, group in enumerate(found) for _ in group]
         pairs = np.stack([owner, np.arange(len(texts))], 1)
         margins = self.match_tokens(tokens, texts, pairs)
-        itc = (self.embed_tokens(tokens)[owner] * self.embed_texts(texts)).sum(1)
+        vectors = self.embed_tokens(tokens)
+        vectors = vectors.reshape(len(vectors), -1, vectors.shape[-1])  # BLIP-2's nearest vector counts
+        itc = np.einsum("pqe,pe->pq", vectors[owner], self.embed_texts(texts)).max(1)
         scores = iter(self.scoring.probability(margins, itc).tolist())
         return [pick(group, [next(scores) for _ in group]) for group in found]
 
-    def ask(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
-        """One short answer a (picture, question) pair."""
+    def ask(
+        self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str] | None = None
+    ) -> list[str]:
+        """One short answer a (picture, question) pair: in the model's own words, or the likeliest of `answers`."""
         if self._model.vqa is None:
             raise ModelError(
                 f"{self.name} cannot answer questions: run `photoblip models download blip-vqa-base` "
                 "and ask with --model blip-vqa-base"
             )
-        ids, mask = self._tokenize(questions)
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images need as many questions, not {len(questions)}")
+        ids, mask = self._tokenize(questions, clean_question)
         pixels = self._model.normalize(self.pixels(images)).to(self.device, self._dtype)
         with torch.inference_mode():
-            answers = self._model.vqa.answer(pixels, ids, mask)
-        return [self._model.tokenizer.decode(row[1:].tolist()) for row in answers]
+            if answers is not None:
+                return self._rank_answers(pixels, ids, mask, list(answers))
+            written = self._model.vqa.answer(pixels, ids, mask)
+        return [self._model.tokenizer.decode(row[1:].tolist()) for row in written]
+
+    def _rank_answers(self, pixels: Tensor, ids: Tensor, mask: Tensor, answers: list[str]) -> list[str]:
+        if not answers:
+            raise ValueError("there is no answer to choose from: give at least one")
+        best = self._model.vqa.rank_answers(pixels, ids, mask, *self._tokenize(answers, str.lower))
+        return [answers[row] for row in best.tolist()]
+
+    def chat(self, images: Sequence[Picture], turns: Sequence[dict], **options) -> Iterator[str]:
+        """Raises ModelError: BLIP holds no conversations."""
+        raise ModelError(f"{self.name} cannot hold a conversation: use a model such as llava-1.5 or qwen2-vl")
+
+    def ground(self, image: Picture, phrase: str) -> list:
+        """Raises ModelError: BLIP writes no boxes."""
+        raise ModelError(f"{self.name} cannot point at things: use a model such as qwen2-vl or minigpt-v2")
 
     def info(self) -> dict:
         """What the model is, for people."""
@@ -175,28 +223,107 @@ class BlipEncoder:
         with torch.inference_mode():
             return network.encode_images(self._model.normalize(pixels).to(self.device, self._dtype))
 
-    def _tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        ids, mask = self._model.tokenizer(texts)
+    def _tokenize(self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption) -> tuple[Tensor, Tensor]:
+        ids, mask = self._model.tokenizer(texts, clean)
         return ids.to(self.device), mask.to(self.device)
 
-    def _need_retrieval(self):
-        if self._model.retrieval is None:
-            raise ModelError(f"{self.name} cannot search: use blip-mini, or download blip-base")
-        return self._model.retrieval
+
+class VlmEncoder:
+    """A system with a language model, with the face of `BlipEncoder`: it speaks, and does not embed or match.
+
+    Attributes: as BlipEncoder's. can_ground: it writes boxes.
+    """
+
+    can_match, can_caption, can_ask, can_chat = False, True, True, True
+    scoring = Scoring()
+
+    def __init__(self, talker, name: str, fingerprint: str):
+        self._talker, self.name, self.fingerprint = talker, name, fingerprint
+        self.can_ground = bool(talker.system.boxes)
+        self.device = talker.model.device
+
+    def caption(
+        self, images: Sequence[Picture], candidates: int = 3, judge: BlipEncoder | None = None, beams: int = 0
+    ) -> list[Caption]:
+        """One caption a picture: with a `judge`, of several the one it believes most, with its probability.
+
+        `beams` are the system's own where 0.
+        """
+        if not len(images):
+            return []
+        texts = self._talker.caption([_opened(image) for image in images], candidates if judge else 1, beams)
+        return judge.judged(images, texts) if judge else [Caption(group[0], None) for group in texts]
+
+    def ask(
+        self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str] | None = None
+    ) -> list[str]:
+        """One short answer a (picture, question) pair: in the model's own words, or the likeliest of `answers`."""
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} images need as many questions, not {len(questions)}")
+        return self._talker.ask([_opened(image) for image in images], questions, answers)
+
+    def chat(self, images: Sequence[Picture], turns: Sequence[dict], **options) -> Iterator[str]:
+        """The next words of a conversation about pictures, as they are written; see Talker.chat."""
+        return self._talker.chat([_opened(image) for image in images], turns, **options)
+
+    def ground(self, image: Picture, phrase: str) -> list:
+        """Boxes (blipcore.grounding.Box) around what the phrase names."""
+        return self._talker.ground(_opened(image), phrase)
+
+    def info(self) -> dict:
+        """What the model is, for people."""
+        model = self._talker.model
+        abilities = ["caption", "ask", "chat"] + ["ground"] * self.can_ground
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "system": self._talker.system.name,
+            "parameters": {"all": sum(p.numel() for p in model.parameters())},
+            "abilities": abilities,
+            "precision": str(model.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+    def _cannot_search(self, *_: object, **__: object) -> None:
+        raise ModelError(f"{self.name} cannot search: use blip-mini, or download blip-base")
+
+    embed_images = embed_texts = embed_pixels = embed_tokens = _cannot_search
+    pixels = image_tokens = separate_tokens = match = match_tokens = judged = _cannot_search
 
 
-def load_encoder(name_or_folder: str = "blip-mini", *, device: str | None = None, precision: str = "auto"):
-    """A BlipEncoder by known name or from a model folder.
+def load_encoder(
+    name_or_folder: str = "blip-mini",
+    *,
+    device: str | None = None,
+    precision: str = "auto",
+    device_map: str | dict | None = None,
+    quantize: int | None = None,
+) -> BlipEncoder | VlmEncoder:
+    """A model by known name or from a folder, ready to run.
 
     Args:
         device: a torch device; the GPU where there is one by default.
         precision: "fp32", "bf16", or "auto": bfloat16 where the processor multiplies it faster.
+        device_map, quantize: for systems with a language model, see `blipcore.vlm_checkpoint.load_vlm`; where left
+            out, the environment's `PHOTOBLIP_DEVICE_MAP` (auto) and `PHOTOBLIP_QUANTIZE` (4 or 8).
 
     Raises:
-        ModelError: unknown name, missing download, damaged or foreign folder.
+        ModelError: unknown name, missing download, damaged or foreign folder; a model that does not fit in memory.
     """
-    loaded = load_folder(find_model(name_or_folder), canonical_name(name_or_folder))
-    return BlipEncoder(loaded, device, precision)
+    folder, name = find_model(name_or_folder), canonical_name(name_or_folder)
+    if not holds_vlm(folder):
+        return BlipEncoder(load_folder(folder, name), device, precision)
+    from blipcore.conversation import Talker
+    from blipcore.vlm_checkpoint import load_vlm
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = choose_precision(precision, place)
+    device_map = device_map or os.environ.get("PHOTOBLIP_DEVICE_MAP") or None
+    bits = str(quantize if quantize is not None else os.environ.get("PHOTOBLIP_QUANTIZE") or 0)
+    if bits not in {"0", "4", "8"}:
+        raise ModelError(f"weights are kept in 4 or 8 bits, not {bits}: mend PHOTOBLIP_QUANTIZE")
+    loaded = load_vlm(folder, dtype=dtype, device=place, device_map=device_map, quantize=int(bits))
+    return VlmEncoder(Talker(loaded), name, fingerprint([folder]))
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -214,14 +341,19 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
 def _to_precision(network, dtype: torch.dtype, device: torch.device) -> None:
     """Towers in `dtype`, the small heads in float32: they decide scores and cost nothing."""
     network.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    for head in ("vision_proj", "text_proj", "itm_head"):
+    for head in ("vision_proj", "text_proj", "vision_projection", "text_projection", "itm_head"):
         if hasattr(network, head):
             getattr(network, head).float()
 
 
-def _to_pixels(image: Picture, size: int) -> np.ndarray:
+def _opened(image: Picture) -> Image.Image:
+    """A picture, upright."""
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     elif not isinstance(image, Image.Image):
         image = Image.open(image)
-    return squash(ImageOps.exif_transpose(image), size)
+    return ImageOps.exif_transpose(image)
+
+
+def _to_pixels(image: Picture, size: int) -> np.ndarray:
+    return squash(_opened(image), size)

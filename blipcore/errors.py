@@ -3,3 +3,7 @@
 
 class ModelError(Exception):
     """A model is unknown, not downloaded, damaged, or cannot do what was asked. The message names the way out."""
+
+
+class NotEnoughMemory(ModelError):
+    """A model does not fit beside what is in memory now."""

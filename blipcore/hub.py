@@ -3,7 +3,9 @@
 Sizes and licences are those of the hub's cards; a download says them before it starts.
 """
 
+import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,15 @@ from blipcore.errors import ModelError
 
 NEEDED = ("config.json", "tokenizer.json")
 BUNDLED = Path(__file__).parent / "bundled"
+FINETUNED = "finetuned.json"  # what a model was fine-tuned from and how well, in its folder
 
 
 @dataclass(frozen=True)
 class KnownModel:
     """A model photoblip knows by name.
 
-    `parts` maps a folder of the model to the hub repository it comes from; a bundled model has none.
+    `parts` maps a folder of the model ("": the model's own) to the hub repository it comes from; a bundled model has
+    none.
     """
 
     name: str
@@ -78,6 +82,33 @@ KNOWN_MODELS = {
             "BSD-3-Clause",
             {"vqa": "Salesforce/blip-vqa-capfilt-large"},
         ),
+        *(
+            KnownModel(name, what, gigabytes, licence, {"": repository})
+            for name, repository, what, gigabytes, licence in (
+                ("blip2-itm", "Salesforce/blip2-itm-vit-g", "search, matching; 32 vectors a photo", 4.7, "MIT"),
+                ("blip2-itm-coco", "Salesforce/blip2-itm-vit-g-coco", "search, matching; tuned on COCO", 4.7, "MIT"),
+                ("blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b", "captions, answers", 15.0, "MIT, and OPT's own terms"),
+                ("blip2-flan-t5-xl", "Salesforce/blip2-flan-t5-xl", "captions, answers", 15.8, "MIT"),
+                (
+                    "instructblip-flan-t5-xl",
+                    "Salesforce/instructblip-flan-t5-xl",
+                    "captions, answers, chat",
+                    16.0,
+                    "research only",
+                ),
+                (
+                    "instructblip-vicuna-7b",
+                    "Salesforce/instructblip-vicuna-7b",
+                    "captions, answers, chat",
+                    31.7,
+                    "research only",
+                ),
+                ("llava-1.5-7b", "llava-hf/llava-1.5-7b-hf", "captions, answers, chat", 14.1, "Llama 2's"),
+                ("llava-1.5-13b", "llava-hf/llava-1.5-13b-hf", "captions, answers, chat", 26.7, "Llama 2's"),
+                ("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", "captions, answers, chat, boxes", 4.4, "Apache-2.0"),
+                ("qwen2-vl-7b", "Qwen/Qwen2-VL-7B-Instruct", "captions, answers, chat, boxes", 16.6, "Apache-2.0"),
+            )
+        ),
     )
 }
 
@@ -86,6 +117,31 @@ def canonical_name(name_or_folder: str) -> str:
     """The one name under which a library keeps a model: a known name, or a folder's whole path."""
     folder = Path(name_or_folder).expanduser()
     return str(folder.absolute()) if name_or_folder not in KNOWN_MODELS and folder.is_dir() else name_or_folder
+
+
+def own_name(name_or_folder: str, models: Path) -> str | None:
+    """The short name of a model that lies in a library's own folder `models`; None for any other.
+
+    A short name stays right when the library moves. It comes before a folder of that name elsewhere: write ./NAME.
+    """
+    folder = Path(name_or_folder).expanduser().absolute()
+    name = folder.name if folder.parent == models.absolute() else name_or_folder
+    return name if is_free_name(name) and (models / name).is_dir() else None
+
+
+def is_free_name(name: str) -> bool:
+    """Whether a new model can be called that: a plain word that is not a known model's."""
+    return name not in KNOWN_MODELS and re.fullmatch(r"\w[\w.-]*", name) is not None
+
+
+def own_models(models: Path) -> dict[str, dict]:
+    """A library's own models by name, with what was recorded when each was fine-tuned (see `FINETUNED`)."""
+    found = {}
+    for folder in sorted(models.glob("*/")):
+        if own_name(folder.name, models):
+            file = folder / FINETUNED
+            found[folder.name] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def models_folder() -> Path:
@@ -111,6 +167,50 @@ def find_model(name_or_folder: str) -> Path:
     raise ModelError(f"there is no model or folder {name_or_folder!r}: known models are {names}")
 
 
+VLM_ARCHITECTURES = frozenset(
+    {
+        "Vlm",
+        "Qwen2Vl",
+        "LlavaForConditionalGeneration",
+        "Blip2ForConditionalGeneration",
+        "InstructBlipForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "QWenLMHeadModel",
+    }
+)
+
+
+GROUNDING = frozenset({"minigpt-v2", "qwen-vl", "Qwen2Vl", "Qwen2VLForConditionalGeneration"})  # they write boxes
+
+
+def holds_vlm(folder: Path) -> bool:
+    """Whether a folder is of a system with a language model: told by its configuration, without loading anything."""
+    return bool(VLM_ARCHITECTURES & _kind(folder))
+
+
+def abilities(folder: Path) -> frozenset[str]:
+    """Of "ask", "chat" and "ground" what a model can do: told by its configuration, without loading anything."""
+    if holds_vlm(folder):
+        return frozenset({"ask", "chat", "ground"} if GROUNDING & _kind(folder) else {"ask", "chat"})
+    answers = "BlipForQuestionAnswering" in _kind(folder) | _kind(Path(folder) / "vqa")
+    return frozenset({"ask"} if answers else ())
+
+
+def _kind(folder: Path) -> frozenset[str]:
+    """The architectures that a configuration names, and the system; nothing where it cannot be read."""
+    try:
+        values = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return frozenset([*(values.get("architectures") or ()), values.get("system")]) - {None}
+    except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it is said where it is loaded
+        return frozenset()
+
+
+def models_here(own: Path) -> dict[str, Path]:
+    """The folders of all models on this machine by name: known ones, then a library's own, which lie in `own`."""
+    known = {name: find_model(name) for name, model in KNOWN_MODELS.items() if is_downloaded(model)}
+    return known | {folder.name: folder for folder in sorted(own.glob("*/")) if own_name(folder.name, own)}
+
+
 def is_downloaded(known: KnownModel) -> bool:
     """Whether every part of the model is on this machine, whole."""
     if known.bundled:
@@ -120,8 +220,17 @@ def is_downloaded(known: KnownModel) -> bool:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a part's folder has what loading needs."""
-    return all((folder / name).exists() for name in NEEDED) and any(folder.glob("*.safetensors"))
+    """Whether a part's folder has what loading needs: of weights in several files, every one that their index names."""
+    shards = folder / "model.safetensors.index.json"
+    weights = {file.name for file in folder.glob("*.safetensors")}
+    if not weights or not all((folder / name).exists() for name in NEEDED):
+        return False
+    if "model.safetensors" in weights or not shards.exists():
+        return True
+    try:
+        return weights >= set(json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
 
 
 def download(name: str, source: Path | None = None) -> Path:
@@ -135,15 +244,19 @@ def download(name: str, source: Path | None = None) -> Path:
         raise ModelError(f"there is no downloadable model {name!r}: see `photoblip models list`")
     folder = models_folder() / known.name
     for part, repository in known.parts.items():
-        if not _is_whole(folder / part):
-            aside = folder / f".{part}.part"
+        whole = folder / part
+        if not _is_whole(whole):
+            if whole.is_dir() and any(whole.iterdir()):  # ours appear whole: this may be somebody's own
+                raise ModelError(f"{whole} holds something that is no whole model: move it away, then download again")
+            aside = whole.with_name(f".{whole.name}.part")
             _fetch(repository, aside, source)
             if not _is_whole(aside):
                 raise ModelError(
                     f"{repository} lacks {', '.join(NEEDED)} or safetensors weights, and photoblip loads nothing else"
                 )
-            shutil.rmtree(folder / part, ignore_errors=True)
-            aside.rename(folder / part)
+            if whole.is_dir():
+                whole.rmdir()
+            aside.rename(whole)
     return folder if known.parts else BUNDLED / known.name
 
 
@@ -155,9 +268,10 @@ def _fetch(repository: str, folder: Path, source: Path | None) -> None:
             raise ModelError(f"there is no folder {origin} to take {repository} from")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for pattern in patterns:
-            for file in origin.glob(pattern):
-                shutil.copy2(file, folder)
+        for file in (file for pattern in patterns for file in origin.rglob(pattern)):
+            target = folder / file.relative_to(origin)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
         return
     from huggingface_hub import snapshot_download
 

@@ -1,6 +1,15 @@
-"""Figures of retrieval: recall at k in both directions, from a score matrix."""
+"""Figures: recall at k of retrieval, top-k of classification, calibration of probabilities."""
+
+from typing import NamedTuple
 
 import numpy as np
+
+
+def text_image_cosines(texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Unit vectors of texts [T, E] and images [I, E], or [I, Q, E] of which the nearest counts (BLIP-2). -> [T, I]."""
+    if images.ndim == 2:
+        return texts @ images.T
+    return np.stack([(texts @ vectors.T).max(1) for vectors in images], 1)
 
 
 def recall_at_k(
@@ -26,12 +35,32 @@ def _recalls(ranks: np.ndarray, ks: tuple[int, ...]) -> dict[str, float]:
     return {f"r{k}": round(100 * float((ranks < k).mean()), 2) for k in ks}
 
 
+def ranks_of_labels(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Scores [P, C], right classes [P] -> how many wrong classes score as high or higher, int [P]; 0 is right."""
+    own = scores[np.arange(len(scores)), labels]
+    return (scores >= own[:, None]).sum(1) - 1
+
+
+class ReliabilityBins(NamedTuple):
+    """Bins that hold something, by rising probability: all [B], and `share` sums to 1."""
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    share: np.ndarray
+
+
+def reliability_bins(probability: np.ndarray, truth: np.ndarray, bins: int = 15) -> ReliabilityBins:
+    """Probabilities and truth (0/1), both [P], in equal-width bins (Naeini et al. 2015)."""
+    edges = np.minimum((probability * bins).astype(int), bins - 1)
+    counts = np.bincount(edges, minlength=bins)
+    held = counts > 0
+    confidence, accuracy = (
+        np.bincount(edges, values, minlength=bins)[held] / counts[held] for values in (probability, truth)
+    )
+    return ReliabilityBins(confidence, accuracy, counts[held] / len(probability))
+
+
 def expected_calibration_error(probability: np.ndarray, truth: np.ndarray, bins: int = 15) -> float:
     """ECE over equal-width bins (Naeini et al. 2015): mean |accuracy - confidence|, weighted by bin size."""
-    edges = np.minimum((probability * bins).astype(int), bins - 1)
-    error = 0.0
-    for b in range(bins):
-        inside = edges == b
-        if inside.any():
-            error += inside.mean() * abs(truth[inside].mean() - probability[inside].mean())
-    return float(error)
+    held = reliability_bins(probability, truth, bins)
+    return float((held.share * np.abs(held.accuracy - held.confidence)).sum())

@@ -4,7 +4,7 @@ salesforce/BLIP `data/utils.py` (pre_caption) and `data/__init__.py` (the transf
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,11 @@ def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     return " ".join(words[:max_words])
 
 
+def clean_question(text: str, max_words: int = MAX_WORDS) -> str:
+    """As `clean_caption`, but what is left out leaves no space (BLIP's pre_question)."""
+    return " ".join(_PUNCTUATION.sub("", text.lower()).split()[:max_words])
+
+
 def squash(image: Image.Image, size: int) -> np.ndarray:
     """A PIL image -> uint8 [S, S, 3]: the WHOLE picture, bicubic, as BLIP evaluates (no crop)."""
     image = image.convert("RGB")
@@ -36,6 +41,7 @@ class Normalizer:
     """uint8 [B, S, S, 3] -> float32 [B, 3, S, S] with the model's mean and standard deviation."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = tuple(mean), tuple(std)
         scale = 255.0 * torch.tensor(std)
         self.scale = scale.view(1, 3, 1, 1)
         self.shift = (torch.tensor(mean) * 255.0 / scale).view(1, 3, 1, 1)
@@ -54,16 +60,24 @@ class TextTokenizer:
     """
 
     def __init__(self, file: Path, max_length: int = 40):
-        self.file = Path(file)
+        self.file, self.max_length = Path(file), max_length
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.enable_truncation(max_length)
         self._tokenizer.enable_padding(pad_id=self._tokenizer.token_to_id("[PAD]"))
 
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        encodings = self._tokenizer.encode_batch([clean_caption(text) for text in texts])
+    def __call__(self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption) -> tuple[Tensor, Tensor]:
+        encodings = self._tokenizer.encode_batch([clean(text) for text in texts])
         ids = torch.tensor([encoding.ids for encoding in encodings])
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
         return ids, mask
+
+    def with_max_length(self, max_length: int) -> "TextTokenizer":
+        """The same vocabulary, another truncation."""
+        return TextTokenizer(self.file, max_length)
+
+    def words(self) -> set[str]:
+        """The vocabulary: words that are one token, and pieces of words."""
+        return set(self._tokenizer.get_vocab())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text without special tokens; WordPieces are joined."""

@@ -31,11 +31,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from indexer.conditions import fulfils
 from indexer.errors import LibraryError
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
 SURE_CAPTION = 0.3  # a generated caption that the matching model believes less is not shown beside a photo
-HEAD = "0001"  # the newest migration: opening a catalog at this revision skips Alembic
+HEAD = "0002"  # the newest migration: opening a catalog at this revision skips Alembic
 _own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
 
@@ -134,7 +135,8 @@ class Catalog:
         return np.fromiter((row[0] for row in self.stream(query.order_by(Embedding.photo_id))), np.int64)
 
     def vectors(self, model_id: int, ids: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, float32 vectors [n, dim]) of photos, a few thousand at a time."""
+        """(ids, float32 vectors [n, dim]) of photos, a few thousand at a time; [n, Q, dim] where they have several."""
+        dim = self.rows(select(Model.dim).where(Model.id == model_id))[0].dim
         for part in chunks(int(i) for i in ids):
             query = select(Embedding.photo_id, Embedding.vector).where(
                 Embedding.model_id == model_id, Embedding.photo_id.in_(part)
@@ -142,6 +144,8 @@ class Catalog:
             rows = self.rows(query)
             if rows:
                 vectors = np.stack([np.frombuffer(row.vector, np.float16) for row in rows])
+                if vectors.shape[1] != dim:
+                    vectors = vectors.reshape(len(rows), -1, dim)
                 yield np.array([row.photo_id for row in rows], np.int64), vectors.astype(np.float32)
 
     # -- models ---------------------------------------------------------------------------------------------
@@ -300,6 +304,7 @@ def _engine(file: Path) -> Engine:
         connection.isolation_level = None  # SQLAlchemy's own BEGIN, not the driver's
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-32000"):
             connection.execute(f"PRAGMA {pragma}")
+        connection.create_function("fulfils", 2, fulfils, deterministic=True)
 
     return engine
 

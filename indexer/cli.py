@@ -8,10 +8,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -26,7 +25,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from blipcore.hub import canonical_name
 from indexer.errors import ModelError, PhotoblipError
 
 app = typer.Typer(
@@ -38,6 +36,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="The models: list, download, info.", invoke_without_command=True)
 app.add_typer(models_app, name="models")
+finetune_app = typer.Typer(add_completion=False)  # `photoblip train finetune`: train itself passes options through
 evaluate_app = typer.Typer(help="Measure a model on captioned photos.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
 
@@ -46,6 +45,7 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Library = Annotated[Path | None, typer.Option("--library", envvar="PHOTOBLIP_LIBRARY", help="The library's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="A known model or a model folder.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say why a warm process did not answer.")]
 
 
 class _Stopped(BaseException):
@@ -141,7 +141,7 @@ def index(
 
 def _refuse_model_change(photos, model: str | None) -> None:
     active = photos.catalog.active_model()
-    if model and active and active.name != canonical_name(model):
+    if model and active and active.name != photos.model_name(model):
         raise PhotoblipError(
             f"this library uses {active.name}: `photoblip reindex --model {model}` changes that, "
             "and search goes on meanwhile"
@@ -196,12 +196,16 @@ def verify(library: Library = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def reindex(
-    model: Annotated[str, typer.Option(help="A known model or a model folder.")],
+    model: Annotated[str, typer.Option(help="A known model, one of the library's own, or a model folder.")],
     library: Library = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0)] = os.cpu_count() or 2,
     as_json: AsJson = False,
 ) -> None:
-    """Embed all photos with another model beside the active one, then switch to it."""
+    """Embed all photos with another model beside the active one, then switch to it.
+
+    Search goes on with the active model until then. The old vectors stay: going back, as with `--model blip-mini`,
+    embeds only photos that came since, and is done at once where there are none.
+    """
     with _open(library) as photos, _bar("reindexing") as move:
         count, failed = photos.reindex(model, progress=move, workers=jobs)
     if as_json:
@@ -227,24 +231,43 @@ def search(
     no_rerank: Annotated[bool, typer.Option("--no-rerank", help="First stage only.")] = False,
     budget_ms: Annotated[float | None, typer.Option(min=0, help="Time for re-ranking.")] = None,
     min_probability: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    ask: Annotated[str | None, typer.Option(help="A question that each result is asked.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Keep these answers: >2, 2..5, yes, red|blue, !red")] = None,
+    ask_model: Annotated[str | None, typer.Option(help="The model that answers: a known one or a folder.")] = None,
     library: Library = None,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Find photos by words, by an example photo, or by both."""
+    """Find photos by words, by an example photo, or by both; ask a question of those found."""
     if not (query and query.strip()) and image is None:
         raise typer.BadParameter("give words, an example photo with --image, or both")
-    with _open(library) as photos:
-        hits = photos.search(
-            query,
-            image=image,
-            without=without or (),
-            where=where,
-            top_k=top,
-            rerank=0 if no_rerank else rerank,
-            budget_ms=budget_ms,
-            min_probability=min_probability,
-        )
-    _print_hits(hits, as_json)
+    if ask is None and (answer is not None or ask_model is not None):
+        raise typer.BadParameter("--answer and --ask-model need a question: --ask 'how many people?'")
+    options = {
+        "text": query,
+        "image": image,
+        "without": without or [],
+        "where": where,
+        "top_k": top,
+        "rerank": 0 if no_rerank else rerank,
+        "budget_ms": budget_ms,
+        "min_probability": min_probability,
+        "ask": ask,
+        "answer": answer,
+        "ask_model": ask_model,
+    }
+    _print_hits(_answer(library, "search", options, verbose), as_json)
+
+
+def _answer(library: Path | None, command: str, options: dict, verbose: bool) -> dict:
+    """The command's answer as JSON values, from the warm process where it runs (see `indexer.serve`)."""
+    from indexer import serve
+
+    def note(why: str) -> None:
+        if verbose:
+            err.print(escape(why), soft_wrap=True)
+
+    return serve.answer(library, command, options, note)
 
 
 @app.command()
@@ -254,26 +277,32 @@ def similar(
     top: Annotated[int, typer.Option("--top", "-t", min=1)] = 20,
     library: Library = None,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Photos that look like one of the library."""
-    with _open(library) as photos:
-        hits = photos.similar(photo, top_k=top, where=where)
-    _print_hits(hits, as_json)
+    options = {"photo": photo, "top_k": top, "where": where}
+    _print_hits(_answer(library, "similar", options, verbose), as_json)
 
 
-def _print_hits(hits: Iterable, as_json: bool) -> None:
+def _print_hits(hits: dict, as_json: bool) -> None:
     if as_json:
-        for hit in hits:
-            _emit(hit.as_dict())
+        for row in hits["rows"]:
+            _emit(row)
         return
-    for hit in hits:
-        sure = "" if hit.probability is None else f"{hit.probability:5.0%}"
-        line = f"[bold]{hit.rank:>3}[/bold]  {sure:>5}  {hit.itc:6.3f}  {escape(hit.path)}"
-        out.print(line + (f"  [dim]{escape(hit.caption)}[/dim]" if hit.caption else ""), soft_wrap=True)
-    if not hits:
+    width = min(30, max((len(row["answer"] or "-") for row in hits["rows"] if "answer" in row), default=0))
+    for row in hits["rows"]:
+        caption = f"  [dim]{escape(row['caption'])}[/dim]" if row["caption"] else ""
+        answer = f"  [bold]{escape((row['answer'] or '-').ljust(width))}[/bold]" if width else ""
+        out.print(f"{_scores(row)}{answer}  {escape(row['path'])}{caption}", soft_wrap=True)
+    if not hits["rows"]:
         err.print("no photo matches")
-    elif hits.reranked:
-        err.print(f"{hits.reranked} candidates re-ranked in {hits.seconds:.2f} s")
+    elif hits["reranked"]:
+        err.print(f"{hits['reranked']} candidates re-ranked in {hits['seconds']:.2f} s")
+
+
+def _scores(row: dict) -> str:
+    sure = "" if row["probability"] is None else f"{row['probability']:5.0%}"
+    return f"[bold]{row['rank']:>3}[/bold]  {sure:>5}  {row['itc']:6.3f}"
 
 
 @app.command()
@@ -283,17 +312,16 @@ def describe(
     candidates: Annotated[Path | None, typer.Option(help="A file with one text a line.")] = None,
     library: Library = None,
     as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """The texts that fit a photo best: of the library's captions, or of given lines."""
     lines = _read_lines(candidates) if candidates else None
-    with _open(library) as photos:
-        hits = photos.describe(image, candidates=lines, top_k=top)
-    for hit in hits:
+    options = {"image": image, "candidates": lines, "top_k": top}
+    for row in _answer(library, "describe", options, verbose)["rows"]:
         if as_json:
-            _emit(hit.as_dict())
+            _emit(row)
         else:
-            sure = "" if hit.probability is None else f"{hit.probability:5.0%}"
-            out.print(f"[bold]{hit.rank:>3}[/bold]  {sure:>5}  {hit.itc:6.3f}  {escape(hit.text)}", soft_wrap=True)
+            out.print(f"{_scores(row)}  {escape(row['text'])}", soft_wrap=True)
 
 
 def _read_lines(file: Path) -> list[str]:
@@ -331,46 +359,211 @@ def caption(
 
 @app.command()
 def ask(
-    photo: Annotated[str, typer.Argument(help="A photo's id or path.")],
-    question: Annotated[str, typer.Argument()],
+    photo: Annotated[str, typer.Argument(help="A photo's id or path; with --over, the question.")],
+    question: Annotated[str | None, typer.Argument()] = None,
+    over: Annotated[str | None, typer.Option(help="Ask the photos that a search for these words finds.")] = None,
+    top: Annotated[int, typer.Option("--top", "-t", min=1, help="With --over, how many photos.")] = 20,
+    where: Annotated[str | None, typer.Option(help="With --over, a filter.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="A file with one possible answer a line.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what was answered before.")] = False,
+    model: ModelName = None,
+    library: Library = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Answer a question about a photo, in the model's own words or by the likeliest of given answers.
+
+    With --over, ask all photos that a search finds, and count their answers.
+    """
+    if (over is None) == (question is None):
+        raise typer.BadParameter("give a photo and a question, or --over WORDS and a question")
+    if over is None:
+        lines = _read_lines(answers) if answers else None
+        options = {"photo": photo, "question": question, "answers": lines, "model": model, "cached": not fresh}
+        _print_answer(question, _answer(library, "ask", options, verbose), as_json)
+        return
+    if answers:
+        raise typer.BadParameter("--answers is for one photo")
+    options = {"question": photo, "over": over, "top_k": top, "where": where, "model": model, "cached": not fresh}
+    _print_groups(_answer(library, "ask_results", options, verbose)["rows"], as_json)
+
+
+def _print_answer(question: str, found: dict, as_json: bool) -> None:
+    if as_json:
+        _emit({"photo_id": found["photo_id"], "question": question, "answer": found["answer"]})
+    else:
+        out.print(escape(found["answer"]))
+
+
+def _print_groups(groups: list[dict], as_json: bool) -> None:
+    table = Table("answer", "photos", "weight", "rests on")
+    for row in groups:
+        if as_json:
+            _emit(row)
+        paths = "\n".join(escape(photo["path"]) for photo in row["photos"])
+        table.add_row(escape(row["answer"]), str(row["count"]), f"{row['weight']:.0%}", paths)
+    if not groups and not as_json:
+        err.print("no photo matches")
+    elif not as_json:
+        table.columns[-1].overflow = "fold"
+        out.print(table)
+
+
+@app.command()
+def chat(
+    photos: Annotated[list[str], typer.Argument(help="Ids or paths.")],
     model: ModelName = None,
     library: Library = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about a photo."""
-    with _open(library) as photos:
-        photo_id = photos.photo_id(photo)
-        answer = photos.ask(photo_id, question, model=model)
+    """Talk about photos: each line that you type is answered as it is written. Ctrl-D ends it."""
+    turns = []
+    with _open(library) as opened, suppress(_Stopped):
+        ids = [opened.photo_id(photo) for photo in photos]
+        opened.encoder_that("chat", model)  # before anything is typed
+        for line in _typed_lines():
+            turns.append({"role": "user", "content": line})
+            said = "".join(_shown(opened.chat(ids, turns, model=model), not as_json))
+            turns.append({"role": "assistant", "content": said.strip()})
+            if as_json:
+                _emit({"photo_ids": ids, "question": line, "answer": said.strip()})
+
+
+def _typed_lines():
+    """Lines of stdin that are not blank, with a prompt for each where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            err.print("[bold]>[/bold] ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _shown(pieces, show: bool):
+    """The same pieces of text, each printed as it comes."""
+    for piece in pieces:
+        if show:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        yield piece
+    if show:
+        out.print()
+
+
+@app.command()
+def ground(
+    photo: Annotated[str, typer.Argument(help="A photo's id or path.")],
+    phrase: Annotated[str, typer.Argument(help="What to point at.")],
+    file: Annotated[Path | None, typer.Option("--out", help="Also draw the boxes into this image file.")] = None,
+    model: ModelName = None,
+    library: Library = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where a photo shows something: boxes as left, top, right, bottom, in parts of its width and height."""
+    with _open(library) as opened:
+        if file and any(opened.catalog.find_photo(str(path)) is not None for path in (file, file.resolve())):
+            raise PhotoblipError(f"{file} is a photo of the library, which is never written: choose another --out")
+        photo_id = opened.photo_id(photo)
+        boxes = opened.ground(photo_id, phrase, model=model)
+        if file:
+            _save(opened.draw_boxes(photo_id, boxes), file)
+    for box in boxes:
+        if as_json:
+            corners = {"x0": box.x0, "y0": box.y0, "x1": box.x1, "y1": box.y1}
+            _emit({"photo_id": photo_id, "label": box.label} | corners)
+        else:
+            out.print(f"{box.x0:.3f} {box.y0:.3f} {box.x1:.3f} {box.y1:.3f}  {escape(box.label)}", soft_wrap=True)
+    if not boxes and not as_json:
+        err.print("the model points at nothing")
+
+
+def _save(image, file: Path) -> None:
+    try:
+        image.save(file)
+    except (OSError, ValueError) as error:
+        raise PhotoblipError(f"{file} cannot be written ({error}): name a .png or .jpg file in a folder") from error
+
+
+@app.command()
+def serve(
+    library: Library = None,
+    idle_minutes: Annotated[float, typer.Option(min=0.01, help="Ends when nobody has asked for so long.")] = 30,
+    stop: Annotated[bool, typer.Option("--stop", help="End the one that runs.")] = False,
+    show: Annotated[bool, typer.Option("--status", help="Say what the one that runs holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Keep models loaded in this process: search, similar, describe and ask of the same user then answer at once."""
+    from indexer.config import default_library
+    from indexer.serve import Unanswered, WarmProcess, ask_server, stop_server
+
+    if stop or show:
+        try:
+            values = stop_server() if stop else ask_server("status")
+        except Unanswered as why:
+            err.print(escape(str(why)), soft_wrap=True)
+            raise typer.Exit(0 if stop else 1) from None
+        _print_values(values, as_json)
+        return
+    process = WarmProcess(idle_seconds=60 * idle_minutes)
+    process.warm((library or default_library()).expanduser().absolute())
+    err.print(f"serving until Ctrl-C, `photoblip serve --stop`, or {idle_minutes:g} minutes without a question")
+    with suppress(_Stopped):
+        process.run()
+
+
+def _print_values(values: dict, as_json: bool) -> None:
     if as_json:
-        _emit({"photo_id": photo_id, "question": question, "answer": answer})
-    else:
-        out.print(escape(answer))
+        _emit(values)
+        return
+    for name, value in values.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        out.print(f"{name:>15}  {escape(str(shown))}", soft_wrap=True)
 
 
 # -- models -------------------------------------------------------------------------------------------------
 
 
 @models_app.callback()
-def models(context: typer.Context) -> None:
+def models(context: typer.Context, library: Library = None) -> None:
     """List the models when no other command is given."""
     if context.invoked_subcommand is None:
-        models_list()
+        models_list(library)
 
 
 @models_app.command("list")
-def models_list(as_json: AsJson = False) -> None:
-    """The models that photoblip knows, and which are on this machine."""
-    from blipcore.hub import KNOWN_MODELS, is_downloaded
+def models_list(library: Library = None, as_json: AsJson = False) -> None:
+    """The models that photoblip knows, which are on this machine, and the library's own with their figures."""
+    from blipcore.hub import KNOWN_MODELS, is_downloaded, own_models
 
+    rows = [
+        {
+            "name": known.name, "here": is_downloaded(known), "bundled": known.bundled, "gigabytes": known.gigabytes,
+            "licence": known.licence, "what": known.what,
+        } for known in KNOWN_MODELS.values()
+    ]  # fmt: skip
+    folder = _own_models(library)
+    for name, made in own_models(folder).items():
+        size = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+        what = f"this library's, from {made['base']}: {made['verdict']}" if made else "this library's"
+        row = {"name": name, "here": True, "bundled": False, "gigabytes": round(size / 1e9, 2)}
+        licence = KNOWN_MODELS[made["base"]].licence if made.get("base") in KNOWN_MODELS else "as its base"
+        rows.append(row | {"licence": licence, "what": what} | made)
     table = Table("name", "here", "GB", "licence", "what it does")
-    for known in KNOWN_MODELS.values():
-        here = is_downloaded(known)
+    for row in rows:
         if as_json:
-            row = {"name": known.name, "here": here, "bundled": known.bundled, "gigabytes": known.gigabytes}
-            _emit(row | {"licence": known.licence, "what": known.what})
-        table.add_row(known.name, "yes" if here else "no", f"{known.gigabytes:g}", known.licence, known.what)
+            _emit(row)
+        here = "yes" if row["here"] else "no"
+        table.add_row(row["name"], here, f"{row['gigabytes']:g}", row["licence"], escape(row["what"]))
     if not as_json:
         out.print(table)
+
+
+def _own_models(library: Path | None) -> Path:
+    from indexer.config import LibraryPaths, default_library
+
+    return LibraryPaths((library or default_library()).expanduser().absolute()).models
 
 
 @models_app.command("download")
@@ -387,50 +580,242 @@ def models_download(
 
 
 @models_app.command("info")
-def models_info(name: str, as_json: AsJson = False) -> None:
-    """A model's folder, parameters, scoring and abilities."""
+def models_info(name: str, library: Library = None, as_json: AsJson = False) -> None:
+    """A model's parameters, scoring and abilities; of a library's own also its data and figures.
+
+    Of a system that can be trained (llava-1.5, blip2-opt, ...): its parts, and what each stage trains.
+    """
+    from blipcore.hub import KNOWN_MODELS, own_models, own_name
+
+    models = _own_models(library)
+    own = own_name(name, models)
+    if not (own or name in KNOWN_MODELS or Path(name).is_dir()):
+        from blipcore.training import describe_system
+
+        if system := describe_system(name):
+            return _emit(system) if as_json else _print_system(system)
     from blipcore.encoder import load_encoder
 
-    info = load_encoder(name).info()
+    info = load_encoder(str(models / own) if own else name).info()
+    if own:
+        info |= {"folder": models / own} | own_models(models)[own] | {"name": own}
     if as_json:
         _emit(info)
     else:
         for key, value in info.items():
             out.print(f"{key:>14}  {escape(str(value))}", soft_wrap=True)
+    return None
+
+
+def _print_system(info: dict) -> None:
+    """A system's parts, and a table of its stages."""
+
+    def parts(counts: dict[str, int], between: str = "\n") -> str:
+        return between.join(f"{part} {count / 1e6:,.1f}M" for part, count in counts.items() if count) or "none"
+
+    held = parts(info["parameters"], ", ")
+    out.print(f"{info['system']}: {held}; starts from {escape(info['start'])}", soft_wrap=True)
+    table = Table("stage", "trained", "frozen", "rate", "batch", "template")
+    for row in info["stages"]:
+        trained = parts(row["trained"]) + " in adapters" * row["adapters"]
+        rate = f"{row['rate']:g} to {row['min_rate']:g}"
+        table.add_row(row["stage"], trained, parts(row["frozen"]), rate, str(row["batch"]), row["template"])
+    out.print(table)
 
 
 # -- train, evaluate, bench ---------------------------------------------------------------------------------
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def train(context: typer.Context, recipe: Annotated[str, typer.Argument(help="pretrain_blip, ...")] = "") -> None:
-    """Run a training recipe; `photoblip train RECIPE --help` lists its options."""
+def train(
+    context: typer.Context, recipe: Annotated[str, typer.Argument(help="finetune, pretrain_blip, ...")] = ""
+) -> None:
+    """Teach a model your library (`finetune`), or run a training recipe; `photoblip train RECIPE --help` says how."""
     from blipcore.training import recipe_names, run_recipe
 
+    if recipe == "finetune":
+        raise typer.Exit(finetune_app(context.args, prog_name="photoblip train finetune", standalone_mode=False) or 0)
     if recipe not in recipe_names():
-        raise typer.BadParameter(f"recipes are {', '.join(recipe_names())}")
+        raise typer.BadParameter(f"recipes are finetune (your own library), {', '.join(recipe_names())}")
     run_recipe(recipe, context.args)
+
+
+@finetune_app.command()
+def finetune(
+    library: Library = None,
+    name: Annotated[str | None, typer.Option(help="The new model's; own, own-2, ... by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="What to begin with; the active model by default.")] = None,
+    epochs: Annotated[float, typer.Option(min=0.01, help="How often each photo is seen.")] = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="About so long, where the epochs take longer.")] = 0,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Share of the photos that only measures.")] = 0.1,
+    rate: Annotated[float, typer.Option(min=0, help="Of learning; 1e-5 suits the larger blip-base.")] = 3e-5,
+    batch_size: Annotated[int, typer.Option(min=2, help="Photos a step.")] = 32,
+    generated: Annotated[bool, typer.Option("--generated", help="Learn from sure generated captions too.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Decoding processes; 0 for none.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model on your own captions. It becomes a new model beside the others; search stays as it is.
+
+    Recall is measured on held-out photos before and after. Stop it whenever you like: the same command goes on.
+    `photoblip reindex --model NAME` adopts the new model.
+    """
+    from blipcore.training import finetune as recipe
+
+    with _open(library) as photos:
+        report = photos.finetune(
+            recipe,
+            name=name,
+            model=model,
+            generated=generated,
+            epochs=epochs,
+            minutes=minutes,
+            held_out=held_out,
+            rate=rate,
+            batch_size=batch_size,
+            workers=jobs,
+        )
+    if as_json:
+        _emit({"event": "done", **report.as_dict()})
+        return
+    table = Table("held out", "photo R@1", "R@5", "R@10", "words R@1", "R@5", "R@10")
+    for when, recall in (("before", report.before), ("after", report.after)):
+        table.add_row(when, *(f"{value:.1f}" for way in ("t2i", "i2t") for value in recall[way].values()))
+    out.print(table)
+    out.print(escape(report.verdict()), soft_wrap=True)
+    if report.helped:
+        out.print(f"search with it: photoblip reindex --model {report.name}", soft_wrap=True)
+
+
+Plot = Annotated[Path | None, typer.Option(help="Also draw the figures into this .png, .svg or .pdf file.")]
+Captioned = Annotated[Path, typer.Option(help="A folder of captions.tsv and its splits, or COCO's or Karpathy's JSON.")]
+Split = Annotated[str, typer.Option(help="SPLIT.tar, or the folder SPLIT; '' for data without splits.")]
+Images = Annotated[Path | None, typer.Option(help="The photos' folder, where it is not the data's own.")]
+Evaluated = Annotated[str, typer.Option(help="A known model or a model folder.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first of them.")]
 
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    data: Annotated[Path, typer.Option(help="captions.tsv with SPLIT.tar or a folder SPLIT beside it.")],
-    split: Annotated[str, typer.Option()] = "test",
-    model: Annotated[str, typer.Option()] = "blip-mini",
+    data: Captioned,
+    split: Split = "test",
+    model: Evaluated = "blip-mini",
     rerank: Annotated[int, typer.Option(min=0, help="Candidates that ITM reads; 0 for ITC alone.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only the first photos.")] = None,
+    fusion: Annotated[
+        Literal["model", "paper"], typer.Option(help="ITM and ITC as recorded with the model, or as BLIP's paper.")
+    ] = "model",
+    limit: Limit = None,
+    images: Images = None,
+    plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Recall at 1, 5, 10 in both directions, for ITC and re-ranked by ITM."""
-    from blipcore.evaluation import retrieval
+    """Recall at 1, 5, 10 in both directions, for ITC and re-ranked by ITM. BLIP's: --fusion paper --rerank 256."""
+    from blipcore import evaluation
 
-    rows = retrieval(data, split, model, rerank=rerank, limit=limit)
-    table = Table("stage", "t2i R@1", "R@5", "R@10", "i2t R@1", "R@5", "R@10", "seconds")
-    for row in rows:
-        if as_json:
-            _emit(row)
-        figures = [f"{row[way][k]:.1f}" for way in ("t2i", "i2t") for k in ("r1", "r5", "r10")]
-        table.add_row(row["stage"], *figures, f"{row['seconds']:.0f}")
+    with _measuring(plot) as progress:
+        rows = evaluation.retrieval(
+            data, split, model, rerank=rerank, fusion=fusion, limit=limit, images=images, progress=progress
+        )
+    _print_figures(rows, evaluation.report.retrieval_table(rows), as_json)
+    if plot:
+        evaluation.report.plot_retrieval(rows, plot)
+
+
+@evaluate_app.command("captioning")
+def evaluate_captioning(
+    data: Captioned,
+    split: Split = "test",
+    model: Evaluated = "blip-mini",
+    beams: Annotated[int, typer.Option(min=1)] = 3,
+    candidates: Annotated[int, typer.Option(min=1, help="Beams that ITM picks from; 1 is plain beam search.")] = 1,
+    limit: Limit = None,
+    images: Images = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """BLEU-4 and CIDEr of written captions against all references."""
+    from blipcore import evaluation
+
+    with _measuring(plot) as progress:
+        row = evaluation.captioning(
+            data, split, model, beams=beams, candidates=candidates, limit=limit, images=images, progress=progress
+        )
+    _print_figures([row], evaluation.report.captioning_table(row), as_json)
+    if plot:
+        evaluation.report.plot_captioning(row, plot)
+
+
+@evaluate_app.command("classification")
+def evaluate_classification(
+    data: Annotated[Path, typer.Option(help="A folder or a tar of <class>/<photo>.")],
+    model: Evaluated = "blip-mini",
+    prompt: Annotated[list[str] | None, typer.Option(help="A sentence with {} for the class; repeat it.")] = None,
+    rerank: Annotated[int, typer.Option(min=0, help="Best classes that ITM reads, in the first prompt.")] = 0,
+    limit_per_class: Annotated[int | None, typer.Option(min=1, help="Only the first photos of a class.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="A class to leave out; repeat it.")] = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Zero-shot top-1 and top-5 over classes known by their folders' names."""
+    from blipcore import evaluation
+
+    with _measuring(plot) as progress:
+        rows = evaluation.classification(
+            data,
+            model,
+            prompts=prompt or (),
+            rerank=rerank,
+            limit_per_class=limit_per_class,
+            exclude=exclude or (),
+            progress=progress,
+        )
+    _print_figures(rows, evaluation.report.classification_table(rows), as_json)
+    if plot:
+        evaluation.report.plot_classification(rows, plot)
+
+
+@evaluate_app.command("vqa")
+def evaluate_vqa(
+    data: Annotated[Path, typer.Option(help='JSON lines {"image", "question", "answers"} beside their images.')],
+    model: Evaluated = "blip-vqa-base",
+    answers: Annotated[Path | None, typer.Option(help="Rank these, one a line, instead of writing freely.")] = None,
+    limit: Limit = None,
+    images: Images = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """VQA accuracy: an answer counts as far as people gave it too."""
+    from blipcore import evaluation
+
+    ranked = _read_lines(answers) if answers else None
+    with _measuring(plot) as progress:
+        row = evaluation.vqa(data, model, answers=ranked, limit=limit, images=images, progress=progress)
+    _print_figures([row], evaluation.report.vqa_table(row), as_json)
+    if plot:
+        evaluation.report.plot_vqa(row, plot)
+
+
+@contextmanager
+def _measuring(plot: Path | None):
+    """Refuses an impossible plot before the work; yields the callback that moves a bar a stage on stderr."""
+    from blipcore import evaluation
+
+    if plot:
+        evaluation.report.need_plots(plot)
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        tasks = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield move
+
+
+def _print_figures(rows: list[dict], table: Table, as_json: bool) -> None:
+    for row in rows if as_json else ():
+        _emit(row)
     if not as_json:
         out.print(table)
 

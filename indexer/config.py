@@ -32,6 +32,11 @@ class LibraryPaths:
     def lock(self) -> Path:
         return self.folder / "indexing.lock"
 
+    @property
+    def models(self) -> Path:
+        """The library's own models, a folder each; a run that is not done begins with a dot."""
+        return self.folder / "models"
+
     def vectors(self, fingerprint: str) -> Path:
         """The FAISS file of one model's vectors."""
         return self.folder / "indexes" / f"{fingerprint}.faiss"

@@ -14,7 +14,7 @@ BATCH_SIZE = 32
 
 @dataclass
 class Batch:
-    """What one transaction stores: photos with their unit vectors float16 [n, E], and files that failed."""
+    """What one transaction stores: photos with unit vectors float16 [n, E] or [n, Q, E], and files that failed."""
 
     files: list  # what was decoded: items with a path
     photos: list[DecodedPhoto]
@@ -30,7 +30,7 @@ def embed_batches(
     """Group decoded photos, embed each group at once, and pass failures along in their place.
 
     Args:
-        embed_pixels: uint8 [B, S, S, 3] -> float32 [B, E].
+        embed_pixels: uint8 [B, S, S, 3] -> float32 [B, E], or [B, Q, E] of a model that gives a photo Q vectors.
     """
     for group in chunks(decoded, batch_size):
         good = [(file, photo) for file, photo in group if isinstance(photo, DecodedPhoto)]

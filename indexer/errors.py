@@ -3,12 +3,13 @@
 Only the command line and the app turn these into words on a screen; everything below raises them.
 """
 
-from blipcore.errors import ModelError
+from blipcore.errors import ModelError, NotEnoughMemory
 
 __all__ = [
     "LibraryBusy",
     "LibraryError",
     "ModelError",
+    "NotEnoughMemory",
     "PhotoNotFound",
     "PhotoblipError",
     "QueryError",

@@ -72,13 +72,14 @@ ProgressCallback = Callable[[Progress], None]
 
 
 @contextmanager
-def exclusive(paths: LibraryPaths) -> Iterator[None]:
-    """Hold the library's job lock. Raises LibraryBusy where another process or thread holds it.
+def exclusive(paths: LibraryPaths, file: Path | None = None) -> Iterator[None]:
+    """Hold the library's job lock, or that in `file`. Raises LibraryBusy where another process or thread holds it.
 
     The system frees the lock when its holder dies, however it dies.
     """
-    paths.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(paths.lock, timeout=0)
+    file = file or paths.lock
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -509,11 +510,13 @@ def caption_photos(
     load_picture: Callable,
     photo_ids: Sequence[int],
     *,
+    judge=None,
     progress: ProgressCallback | None = None,
 ) -> dict[int, tuple[str, float | None]]:
     """Write a caption for each photo and keep it with its score and model; -> {photo id: (text, score)}.
 
     Args:
+        judge: an encoder that scores the captions of one that cannot match.
         load_picture: photo id -> a picture; its UnreadablePhoto skips that photo only.
     """
     written, failed = {}, 0
@@ -525,7 +528,7 @@ def caption_photos(
                     pictures[photo_id] = load_picture(photo_id)
                 except UnreadablePhoto:
                     failed += 1
-            captions = encoder.caption(list(pictures.values()))
+            captions = encoder.caption(list(pictures.values()), judge=judge)
             with catalog.transaction() as connection:
                 for photo_id, caption in zip(pictures, captions, strict=True):
                     store_caption(connection, photo_id, caption.text, encoder.name, caption.score)

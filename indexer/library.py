@@ -1,25 +1,35 @@
 """PhotoLibrary: the Python API. The command line and the app are thin layers over it."""
 
+import gc
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from sqlalchemy import func, select
 
-from blipcore.hub import canonical_name
-from indexer import jobs
+from blipcore.hub import abilities, canonical_name, models_here, own_name
+from indexer import answers as asking
+from indexer import finetuning, jobs
 from indexer.catalog import Catalog, chunks, is_present
+from indexer.conditions import parse_condition, plain_question
 from indexer.config import DEFAULT_MODEL, LibraryPaths, default_library
 from indexer.embed import BATCH_SIZE
-from indexer.errors import LibraryError, ModelError, PhotoNotFound, UnreadablePhoto
+from indexer.errors import LibraryError, ModelError, NotEnoughMemory, PhotoNotFound, QueryError, UnreadablePhoto
 from indexer.images import open_image, thumbnail_path
 from indexer.query import Query
-from indexer.schema import Caption, Embedding, Failure, File, Photo, Root
+from indexer.schema import Answer, Caption, Embedding, Failure, File, Photo, Root
 
 PICTURE_SIDE = 768
 MANY = 20_000  # vectors added to the index at once, and worth a save when it opens
 SAMPLE = 256  # vectors compared with the catalog when an index opens
+ABILITIES = {  # what a model may be unable to do, and the smallest one that can
+    "ask": ("answer questions", "blip-vqa-base"),
+    "chat": ("hold a conversation", "qwen2-vl-2b"),
+    "ground": ("point at things", "qwen2-vl-2b"),
+}
 
 
 class PhotoLibrary:
@@ -111,8 +121,12 @@ class PhotoLibrary:
     def reindex(self, model: str, progress: Callable | None = None, workers: int = 2) -> tuple[int, int]:
         """Give all photos vectors of another model, then switch search to it. -> (photos covered, photos failed).
 
-        Search goes on with the old model until the switch; the old vectors stay. A photo fails where neither
-        its thumbnail nor a file of it can be read; `index` tries it again.
+        Search goes on with the old model until the switch; the old vectors stay, so that going back embeds only
+        photos that came since. A photo fails where neither its thumbnail nor a file of it can be read; `index`
+        tries it again.
+
+        Args:
+            model: a known name, the name of one of this library's own models (see `finetune`), or a model folder.
         """
         encoder = self._encoder_named(model, fresh=True)
         with jobs.exclusive(self.paths):
@@ -132,19 +146,25 @@ class PhotoLibrary:
     ):
         """Write and keep a caption. -> (text, score) for one photo, {photo id: (text, score)} for several.
 
-        The score is the library's matching probability for that text, None where the model has none.
+        The score is the matching probability of that text: the model's own, or the library's where it has none.
         """
         single = isinstance(photos, int | str)
         ids = list(dict.fromkeys(self.photo_id(photo) for photo in ([photos] if single else photos)))
         encoder = self._encoder_named(model) if model else self.encoder()
         if not encoder.can_caption:
             raise ModelError(f"{encoder.name} cannot write captions: use blip-mini, or download blip-base")
-        written = jobs.caption_photos(self.catalog, encoder, self.picture, ids, progress=progress)
+        judge = None if encoder.can_match else self._judge()
+        written = jobs.caption_photos(self.catalog, encoder, self.picture, ids, judge=judge, progress=progress)
         if not single:
             return written
         if not written:
             raise PhotoNotFound(f"photo {ids[0]} cannot be read any more: run `photoblip index` on its folder")
         return written[ids[0]]
+
+    def _judge(self):
+        """The library's own model, where it can say how well a text fits a photo."""
+        own = self.encoder()
+        return own if own.can_match else None
 
     def uncaptioned(self) -> list[int]:
         """Ids of photos on disk that no model has captioned yet."""
@@ -157,9 +177,52 @@ class PhotoLibrary:
         with self.catalog.transaction() as connection:
             jobs.store_caption(connection, self.photo_id(photo), text, None, None)
 
+    def finetune(
+        self,
+        recipe: Callable,
+        *,
+        name: str | None = None,
+        model: str | None = None,
+        generated: bool = False,
+        **options,
+    ):
+        """Teach a model this library's captions: a new model in `models/NAME`, which `reindex(NAME)` adopts.
+
+        Thumbnails and captions are only read, and search stays with the active model. A run that was stopped goes
+        on when it is called again.
+
+        Args:
+            recipe: `blipcore.training.finetune`. options: its settings, as epochs, minutes, held_out.
+            name: the new model's; by default "own", "own-2", ...
+            model: what to begin with; by default the active model.
+            generated: learn from photos that only models have captioned too, where they were sure.
+
+        Returns:
+            blipcore.training.recipes.finetune_library.Report: recall on held-out photos before and after, and more.
+
+        Raises:
+            ModelError: too few captions. LibraryError: a name that is taken. LibraryBusy: another fine-tuning runs.
+        """
+        models, thumbnails, active = self.paths.models, self.paths.thumbnails, self.catalog.active_model()
+        start = self.model_name(model or (active.name if active else self._wanted_model or DEFAULT_MODEL))
+        with jobs.exclusive(self.paths, models / ".lock"):
+            name = finetuning.new_name(models, name)
+            run = models / f".{name}"
+            report = recipe(
+                finetuning.people_captioned(self.catalog, thumbnails),
+                generated=finetuning.model_captioned(self.catalog, thumbnails) if generated else None,
+                start=self._model_place(start),
+                name=name,
+                out=run,
+                **options,
+            )
+            report.folder.rename(models / name)
+            shutil.rmtree(run)
+        return replace(report, folder=models / name)
+
     # -- search ---------------------------------------------------------------------------------------------
 
-    def search(
+    def search(  # noqa: PLR0913 - all that a search can be told
         self,
         text: str | None = None,
         *,
@@ -170,6 +233,9 @@ class PhotoLibrary:
         rerank: int = 100,
         budget_ms: float | None = None,
         min_probability: float | None = None,
+        ask: str | None = None,
+        answer: str | None = None,
+        ask_model: str | None = None,
     ):
         """Photos for words, an example picture, or both; best first.
 
@@ -180,19 +246,28 @@ class PhotoLibrary:
             rerank: how many candidates the matching model reads; 0 for none.
             budget_ms: time for re-ranking; what it does not reach keeps its first-stage order.
             min_probability: drop results below it, and those that were not re-ranked.
+            ask: a question that each of the top_k results is asked, once for all searches: it becomes its `.answer`.
+            answer: keep results whose answer fulfils it: ">2", "2..5", "yes", "red|blue"; see indexer.conditions.
+            ask_model: the model that answers, by default the active one; see `ask`.
 
         Returns:
             SearchResults: a list of SearchResult, with `.reranked`, `.candidates`, `.seconds`.
 
         Raises:
-            QueryError: nothing to search for, or a filter that cannot be read.
-            UnreadablePhoto: the example picture cannot be decoded.
+            QueryError: nothing to search for, or a filter or condition that cannot be read.
+            UnreadablePhoto: the example picture cannot be decoded. ModelError: the model cannot answer.
         """
         query = Query(text, image, (without,) if isinstance(without, str) else tuple(without), where)
         budget = None if budget_ms is None else budget_ms / 1000
-        return self.searcher().search(
+        condition = _condition(ask, answer)
+        searcher = self.searcher()
+        encoder = None if ask is None else self.encoder_that("ask", ask_model, "--ask-model")
+        hits = searcher.search(
             query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability
         )
+        if encoder is not None:
+            hits[:] = asking.beside(hits, ask, self._answers(encoder, hits, ask), condition)
+        return hits
 
     def similar(self, photo: int | str, *, top_k: int = 20, where=None):
         """Photos that look like one of the library."""
@@ -207,10 +282,89 @@ class PhotoLibrary:
             )
         return self.searcher().describe(self._open_query(image), texts, top_k)
 
-    def ask(self, photo: int | str, question: str, *, model: str | None = None) -> str:
-        """A short answer about a photo, from a model that can answer."""
-        encoder = self._encoder_named(model) if model else self.encoder()
-        return encoder.ask([self.picture(self.photo_id(photo))], [question])[0]
+    def ask(
+        self,
+        photo: int | str,
+        question: str,
+        *,
+        answers: Sequence[str] | None = None,
+        model: str | None = None,
+        cached: bool = True,
+    ) -> str:
+        """A short answer about a photo, from a model that can answer; with `answers`, the likeliest of them.
+
+        An answer in the model's own words is kept, and given again when the same is asked, unless not `cached`.
+        """
+        answers = None if answers is None else [text.strip() for text in answers if text.strip()]
+        if answers == []:
+            raise LibraryError("there are no answers to choose from: give a line of text or more")
+        photo_id = self.photo_id(photo)
+        encoder = self.encoder_that("ask", model)
+        if answers:
+            return encoder.ask([self.picture(photo_id)], [question], answers)[0]
+        found = asking.ask_photos(self.catalog, encoder, self.picture, [photo_id], question, cached=cached)
+        if not found:
+            raise PhotoNotFound(f"photo {photo_id} cannot be read any more: run `photoblip index` on its folder")
+        return found[photo_id]
+
+    def ask_results(
+        self,
+        question: str,
+        over: str | Sequence,
+        *,
+        top_k: int = 20,
+        where=None,
+        model: str | None = None,
+        cached: bool = True,
+    ) -> list[asking.AnswerGroup]:
+        """Ask a question of all of a search's results. -> equal answers together, the most probable first.
+
+        Each answer weighs as much as the match probability of its photos (see indexer.answers). Photos that cannot
+        be read are left out.
+
+        Args:
+            over: the words of a search (of which the best `top_k` photos within `where` are asked), or its results.
+            cached: False asks photos again that were asked before.
+        """
+        plain_question(question)
+        hits = self.search(over, top_k=top_k, where=where) if isinstance(over, str) else over
+        encoder = self.encoder_that("ask", model)
+        return asking.group_answers(hits, self._answers(encoder, hits, question, cached))
+
+    def chat(
+        self,
+        photos: int | str | Sequence[int | str],
+        turns: Sequence[Mapping[str, str]],
+        *,
+        model: str | None = None,
+        **options,
+    ) -> Iterator[str]:
+        """The next words of a conversation about photos, piece by piece as they are written.
+
+        Args:
+            turns: {"role": "user" or "assistant", "content": text} each, a user's turn last.
+            options: what the encoder's `chat` takes.
+
+        Raises:
+            ModelError: the model cannot hold a conversation.
+        """
+        named = [photos] if isinstance(photos, int | str) else photos
+        encoder = self.encoder_that("chat", model)
+        return encoder.chat([self.picture(self.photo_id(photo)) for photo in named], list(turns), **options)
+
+    def ground(self, photo: int | str, phrase: str, *, model: str | None = None) -> list:
+        """Where a photo shows a phrase: boxes with x0, y0, x1, y1 in [0, 1] and a label.
+
+        Raises ModelError where the model cannot point at things.
+        """
+        encoder = self.encoder_that("ground", model)
+        return encoder.ground(self.picture(self.photo_id(photo)), phrase)
+
+    def draw_boxes(self, photo: int | str, boxes: Sequence):
+        """The photo as a PIL image of at most 768 px, with boxes of `ground` drawn on it."""
+        from blipcore.grounding import draw_boxes
+
+        return draw_boxes(self.picture(self.photo_id(photo)), boxes)
 
     # -- looking things up ----------------------------------------------------------------------------------
 
@@ -222,7 +376,7 @@ class PhotoLibrary:
         return found
 
     def photo(self, photo: int | str) -> dict:
-        """All that is known of a photo: metadata, paths, captions."""
+        """All that is known of a photo: metadata, paths, captions, answers."""
         photo_id = self.photo_id(photo)
         row = self.catalog.photo_rows([photo_id])[photo_id]
         captions = select(Caption.text, Caption.source, Caption.model, Caption.score).where(
@@ -230,6 +384,8 @@ class PhotoLibrary:
         )
         files = select(File.path, File.missing_since).where(File.photo_id == photo_id).order_by(File.path)
         row["captions"] = [dict(c._mapping) for c in self.catalog.rows(captions.order_by(Caption.id))]
+        answers = select(Answer.question, Answer.answer).where(Answer.photo_id == photo_id).order_by(Answer.question)
+        row["answers"] = [dict(a._mapping) for a in self.catalog.rows(answers)]
         row["paths"] = [f.path for f in self.catalog.rows(files) if f.missing_since is None]
         return row
 
@@ -327,12 +483,63 @@ class PhotoLibrary:
             )
         return encoder
 
+    def encoder_that(self, ability: str, model: str | None = None, option: str = "--model"):
+        """The active model, or the one named, if it can do that. Raises ModelError, whose way out names `option`.
+
+        Args:
+            ability: one of ABILITIES.
+        """
+        encoder = self._encoder_named(model) if model else self.encoder()
+        if not getattr(encoder, f"can_{ability}", False):
+            what, able = ABILITIES[ability]
+            raise ModelError(
+                f"{encoder.name} cannot {what}: run `photoblip models download {able}`, then give {option} {able}"
+            )
+        return encoder
+
+    def able_models(self) -> dict[str, frozenset[str]]:
+        """Models on this machine that can do any of ABILITIES, and which of them; the ablest first. Loads none."""
+        folders, active = models_here(self.paths.models), self.catalog.active_model()
+        if active and active.name not in folders:
+            folders[active.name] = Path(active.name)
+        able = {name: can for name, folder in folders.items() if (can := abilities(folder))}
+        return dict(sorted(able.items(), key=lambda item: -len(item[1])))
+
+    def _answers(self, encoder, hits: Sequence, question: str, cached: bool = True) -> dict[int, str]:
+        ids = [hit.photo_id for hit in hits]
+        return asking.ask_photos(self.catalog, encoder, self.picture, ids, question, cached=cached)
+
+    def model_name(self, name_or_folder: str) -> str:
+        """The one name under which the catalog keeps a model; short for one of the library's own."""
+        return own_name(name_or_folder, self.paths.models) or canonical_name(name_or_folder)
+
+    def _model_place(self, name: str) -> str:
+        """What `blipcore.load` takes for a `model_name`."""
+        return str(self.paths.models / name) if own_name(name, self.paths.models) else name
+
     def _encoder_named(self, name: str, fresh: bool = False):
-        name = canonical_name(name)
+        name = self.model_name(name)
         with self._lock:
             if fresh or name not in self._encoders:
-                self._encoders[name] = self._load_encoder(name)
+                encoder = self._loaded(name)
+                if own_name(name, self.paths.models):
+                    encoder.name = name  # not its folder: the library may move
+                self._encoders[name] = encoder
             return self._encoders[name]
+
+    def _loaded(self, name: str):
+        """A model, if need be in the memory of those that search does not need."""
+        place = self._model_place(name)
+        try:
+            return self._load_encoder(place)
+        except NotEnoughMemory:
+            active = self.catalog.active_model()
+            kept = {held: encoder for held, encoder in self._encoders.items() if active and held == active.name}
+            if len(kept) == len(self._encoders):
+                raise
+            self._encoders = kept
+        gc.collect()
+        return self._load_encoder(place)
 
     def searcher(self):
         """The searcher over an index that is level with the catalog now."""
@@ -379,7 +586,7 @@ class PhotoLibrary:
         held = set(index.ids().tolist())
         different = 0
         for part, vectors in self.catalog.vectors(model.id, (i for i in ids.tolist() if i in held)):
-            different += int((index.vectors(part) != vectors).any(1).sum())
+            different += int((index.vectors(part) != vectors).reshape(len(part), -1).any(1).sum())
         return different
 
     def _level(self, index, model) -> int:
@@ -417,6 +624,15 @@ class PhotoLibrary:
         rows = self.catalog.stream(query)
         gone = [row.id for row in rows if not _has_content(thumbnail_path(self.paths.thumbnails, row.content_hash))]
         return [f"thumbnails: {len(gone)} are missing (the first is of photo {gone[0]})"] if gone else []
+
+
+def _condition(question: str | None, answer: str | None):
+    """What an answer must fulfil, None for nothing; raises QueryError before any work is done."""
+    if question is not None:
+        plain_question(question)
+    elif answer is not None:
+        raise QueryError("a condition on the answer needs a question: give --ask too")
+    return None if answer is None else parse_condition(answer)
 
 
 def _has_content(file: Path) -> bool:

@@ -4,8 +4,11 @@ A filter is `field operator value` terms with AND, OR, NOT and parentheses; AND 
 
     year=2023 camera=Pixel*          taken>=2023-06-01 AND NOT format=PNG
     folder="/home/me/Pictures/2024"  has:gps OR has:caption
+    answer("how many people?") > 2   answer("is it indoors?") = yes
 
-`*` and `?` in a text value are wildcards; text compares without regard to case.
+`*` and `?` in a text value are wildcards; text compares without regard to case. `answer("...")` reads what models have
+answered before, with the conditions of indexer.conditions (`= 2..5`, `= red|blue`); a photo that was never asked does
+not match. `answer=beach` finds photos by any answer.
 """
 
 from collections.abc import Mapping
@@ -19,8 +22,9 @@ from lark.exceptions import VisitError
 from sqlalchemy import ColumnElement, and_, exists, extract, func, not_, or_
 
 from indexer.catalog import under
+from indexer.conditions import parse_condition, plain_question
 from indexer.errors import QueryError
-from indexer.schema import Caption, File, Photo
+from indexer.schema import Answer, Caption, File, Photo
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ GRAMMAR = r"""
     ?disjunction: conjunction (_OR conjunction)*
     ?conjunction: negation (_AND? negation)*
     ?negation: _NOT negation -> negate | "(" disjunction ")" | term
-    term: FIELD OPERATOR value | HAS -> has
+    term: FIELD OPERATOR value | HAS -> has | ANSWER STRING ")" OPERATOR value -> answer
     value: STRING | WORD
     FIELD: /[a-z_]+(?=\s*(=|!=|>=|<=|>|<))/
     OPERATOR: ">=" | "<=" | "!=" | "=" | ">" | "<"
     HAS: /has:[a-z]+/
+    ANSWER: /answer\s*\(/
     STRING: /"[^"]*"/
     WORD: /[^\s()"<>=!]+/
     _AND.2: /AND\b/
@@ -107,6 +112,9 @@ class _ToSql(Transformer):
 
     def has(self, token) -> ColumnElement:
         return _condition("has", "=", token[4:])
+
+    def answer(self, _, question, operator, value) -> ColumnElement:
+        return _answer(question[1:-1], operator + value)
 
     def negate(self, condition) -> ColumnElement:
         return _without(condition)
@@ -198,6 +206,20 @@ def _caption(name: str, operator: str, value: object) -> ColumnElement:
     return _equality(name, operator, found)
 
 
+def _answer_text(name: str, operator: str, value: object) -> ColumnElement:
+    found = exists().where(Answer.photo_id == Photo.id, Answer.answer.like(_like(f"*{value}*"), escape="\\"))
+    return _equality(name, operator, found)
+
+
+def _answer(question: str, condition: str) -> ColumnElement:
+    parse_condition(condition)  # an error is met here, not in the middle of a query
+    return exists().where(
+        Answer.photo_id == Photo.id,
+        Answer.question == plain_question(question),
+        func.fulfils(Answer.answer, condition),
+    )
+
+
 def _has(name: str, operator: str, value: object) -> ColumnElement:
     known = {
         "gps": Photo.latitude.is_not(None),
@@ -242,5 +264,6 @@ FIELDS = {
     "folder": _folder,
     "file": _file,
     "caption": _caption,
+    "answer": _answer_text,
     "has": _has,
 }

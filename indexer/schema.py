@@ -68,7 +68,7 @@ class Model(Base):
 
 
 class Embedding(Base):
-    """A photo's unit vector under one model: float16, `dim` numbers."""
+    """A photo's unit vector under one model: float16, `dim` numbers; BLIP-2's 32 vectors stand one after another."""
 
     __tablename__ = "embeddings"
 
@@ -89,6 +89,18 @@ class Caption(Base):
     source: Mapped[str]  # "generated" or "user"
     model: Mapped[str | None]
     score: Mapped[float | None]
+    created_at: Mapped[datetime]
+
+
+class Answer(Base):
+    """What a model answered to a question about a photo: each is asked once (see indexer.answers)."""
+
+    __tablename__ = "answers"
+
+    photo_id: Mapped[int] = mapped_column(ForeignKey("photos.id"), primary_key=True)
+    question: Mapped[str] = mapped_column(primary_key=True)  # without case and question mark
+    model: Mapped[str] = mapped_column(primary_key=True)  # the fingerprint of its weights
+    answer: Mapped[str]
     created_at: Mapped[datetime]
 
 

@@ -28,6 +28,7 @@ class SearchResult:
     Attributes:
         itc: cosine with the query, -1 to 1. itm: the matching model's own probability, 0 to 1.
         probability: calibrated match probability. Both are None where the result was not re-ranked.
+        question, answer: what was asked of the results, and this photo's answer (None: it could not be read).
     """
 
     rank: int
@@ -39,10 +40,15 @@ class SearchResult:
     caption: str | None
     taken_at: datetime | None
     model: str
+    question: str | None = None
+    answer: str | None = None
 
     def as_dict(self) -> dict:
+        """As JSON values; question and answer only where something was asked."""
         values = asdict(self)
         values["taken_at"] = self.taken_at.isoformat() if self.taken_at else None
+        if self.question is None:
+            del values["question"], values["answer"]
         return values
 
 
@@ -67,6 +73,19 @@ class SearchResults(list):
     def __init__(self, results: Iterable, *, reranked: int = 0, candidates: int = 0, seconds: float = 0.0):
         super().__init__(results)
         self.reranked, self.candidates, self.seconds = reranked, candidates, seconds
+
+
+def nearest_cosines(cosines: np.ndarray) -> np.ndarray:
+    """Cosines [n] of photos with one vector, or [n, Q] of photos with several, of which the nearest counts. -> [n]."""
+    return cosines.max(-1) if cosines.ndim > 1 else cosines
+
+
+def one_vector(vectors: np.ndarray) -> np.ndarray:
+    """A picture as a query: its unit vector [E]; of several [Q, E], their direction together."""
+    if vectors.ndim == 1:
+        return vectors
+    total = vectors.sum(0)
+    return total / max(np.linalg.norm(total), 1e-12)
 
 
 class Searcher:
@@ -115,7 +134,7 @@ class Searcher:
         if vector is None:
             return SearchResults([])
         among = self._among(Query(text="-", where=where))
-        ids, itc = self._candidates(vector[0], top_k + 1, among)
+        ids, itc = self._candidates(one_vector(vector[0]), top_k + 1, among)
         others = ids != photo_id
         scored = [(int(i), float(s), None, None) for i, s in zip(ids[others], itc[others], strict=True)][:top_k]
         return SearchResults(self._results(scored), candidates=len(ids), seconds=time.monotonic() - started)
@@ -126,7 +145,7 @@ class Searcher:
         lines = list(texts)
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
-        itc = self._text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0]
+        itc = nearest_cosines(self._text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
         order = np.argsort(-itc, kind="stable")[: max(top_k, rerank)]
         margins = {}
         if self.encoder.can_match:
@@ -147,7 +166,7 @@ class Searcher:
         if query.text:
             vectors.append(self.encoder.embed_texts([query.text])[0])
         if query.image is not None:
-            vectors.append(self.encoder.embed_images([self.open_query(query.image)])[0])
+            vectors.append(one_vector(self.encoder.embed_images([self.open_query(query.image)])[0]))
         total = np.sum(vectors, axis=0)
         return total / max(np.linalg.norm(total), 1e-12)
 
@@ -180,7 +199,7 @@ class Searcher:
             margins = self.reranker.score(phrase, ids.tolist())
             for part, vectors in self.catalog.vectors(self.model.id, margins):
                 read = np.array([margins[photo_id] for photo_id in part.tolist()])
-                probability = self.encoder.scoring.probability(read, vectors @ vector)
+                probability = self.encoder.scoring.probability(read, nearest_cosines(vectors @ vector))
                 shown.update(part[probability >= EXCLUSION_PROBABILITY].tolist())
         keep = ~np.isin(ids, list(shown))
         return ids[keep], itc[keep]

@@ -64,12 +64,12 @@ class ColourEncoder:
         cosines = self.embed_tokens(tokens)[pairs[:, 0]] * self.embed_texts(texts)[pairs[:, 1]]
         return (20 * (cosines.sum(1) - 0.9)).astype(np.float32)
 
-    def caption(self, images: Sequence) -> list[Caption]:
+    def caption(self, images: Sequence, judge=None) -> list[Caption]:
         names = list(NAMED)
         best = (self.embed_images(images) @ self.embed_texts(names).T).argmax(1)
         return [Caption(f"a {names[at]} picture", 0.9) for at in best]
 
-    def ask(self, images: Sequence, questions: Sequence[str]) -> list[str]:
+    def ask(self, images: Sequence, questions: Sequence[str], answers: Sequence[str] | None = None) -> list[str]:
         raise ModelError("colours cannot answer questions: use blip-vqa-base")
 
 

@@ -56,6 +56,30 @@ def drawn_photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return image
 
 
+def starting_weights(folder: Path) -> tuple[Path, Path]:
+    """Random towers of the tiny shape under public names: a timm ViT with its classifier, and a BERT encoder."""
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(4)
+    width, vit = 32, {"cls_token": (1, 1, 32), "pos_embed": (1, 5, 32), "patch_embed.proj.weight": (32, 3, 16, 16)}
+    for block in range(2):
+        name = f"blocks.{block}"
+        vit |= {f"{name}.attn.qkv.weight": (3 * width, width), f"{name}.attn.qkv.bias": (3 * width,)}
+        vit |= {f"{name}.attn.proj.weight": (width, width), f"{name}.attn.proj.bias": (width,)}
+        vit |= {f"{name}.mlp.fc1.weight": (4 * width, width), f"{name}.mlp.fc1.bias": (4 * width,)}
+        vit |= {f"{name}.mlp.fc2.weight": (width, 4 * width), f"{name}.mlp.fc2.bias": (width,)}
+    vit |= {"patch_embed.proj.bias": (width,), "head.weight": (1000, width), "head.bias": (1000,)}
+    state = {name: 0.2 * torch.randn(shape) for name, shape in vit.items()}
+    for norm in ("blocks.0.norm1", "blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"):
+        state |= {f"{norm}.weight": torch.ones(width), f"{norm}.bias": torch.zeros(width)}
+    save_file(state, folder / "vit.safetensors")
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+    bert = BertModel(config, add_pooling_layer=False)
+    save_file(bert.state_dict(), folder / "bert.safetensors")
+    return folder / "vit.safetensors", folder / "bert.safetensors"
+
+
 def hub_mirror(folder: Path) -> Path:
     """Tiny random checkpoints as transformers writes them, laid out and named as on the hub. -> folder."""
     from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering
@@ -71,3 +95,24 @@ def hub_mirror(folder: Path) -> Path:
         shutil.copy(TOKENIZER, folder / repository)
         (folder / repository / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     return folder
+
+
+def tiny_system(name: str, folder: Path, seed: int = 0):
+    """A random tiny system of the family, written to `folder` as a model. -> what was saved."""
+    from blipcore.models.qwen2_vl import Qwen2Vl
+    from blipcore.models.systems import SYSTEMS
+    from blipcore.models.vlm import Vlm
+    from blipcore.vlm_checkpoint import LoadedVlm, make_reader, marked_tokenizer, save_vlm
+
+    system, tokenizer = SYSTEMS[name], marked_tokenizer(TOKENIZER)
+    config = system.tiny()
+    torch.manual_seed(seed)
+    if name == "qwen2-vl":
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        model = Qwen2Vl(config)
+    else:
+        model = Vlm(config)
+    reader = make_reader(system, config, tokenizer, tokenizer if model.reads_instruction else None)
+    loaded = LoadedVlm(model.eval(), reader, system)
+    save_vlm(loaded, folder)
+    return loaded

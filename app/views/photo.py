@@ -1,8 +1,9 @@
-"""One photo (?photo=ID): large, with what is known of it, its captions, and photos like it."""
+"""One photo (?photo=ID): large, with what is known of it, its captions, talk about it, and photos like it."""
 
 import streamlit as st
 
 from app import components, state
+from app.views import talk
 from indexer.errors import UnreadablePhoto
 
 
@@ -20,6 +21,7 @@ def page() -> None:
         st.subheader(components.plain(components.file_name(photo)))
         components.facts_table(components.photo_facts(photo))
         captions(photo)
+    talk.section(photo["id"])
     similar_row(photo)
 
 

@@ -7,16 +7,23 @@ import streamlit as st
 from PIL import Image
 
 from app import components, state
+from indexer.conditions import EXAMPLES
 from indexer.errors import QueryError, UnreadablePhoto
 
 TOP, RERANK = (12, 24, 48, 96), (0, 50, 100, 200)
 LONGEST = 500  # letters of a query or filter
-BOXES = {"q": "", "where": "", "top": 24, "rerank": 100}  # the form, in the address too where it differs from this
+TEXTS = ("q", "where", "ask", "answer")
+BOXES = {"top": 24, "rerank": 100, "by": ""} | dict.fromkeys(TEXTS, "")  # in the address where the form differs
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The query. picture: an uploaded example. similar: a photo to find others like; a sent form ends it."""
+    """The query.
+
+    Attributes:
+        picture: an uploaded example. similar: a photo to find others like; a sent form ends it.
+        ask: a question for the results; answer: the condition that they must fulfil; by: the model that answers.
+    """
 
     text: str
     where: str
@@ -24,6 +31,9 @@ class Wanted:
     rerank: int
     picture: Image.Image | None
     similar: str | None
+    ask: str
+    answer: str
+    by: str
 
 
 def page() -> None:
@@ -31,12 +41,14 @@ def page() -> None:
         wanted = search_form()
         if wanted.similar:
             show_similar(wanted)
-        elif wanted.text or wanted.picture:
+        elif wanted.text or wanted.picture or wanted.ask:
             show_found(wanted)
         else:
             show_latest()
     except (QueryError, UnreadablePhoto) as error:
         components.problem(error)
+    if not answering_models():
+        components.no_model("ask")
 
 
 def search_form() -> Wanted:
@@ -63,15 +75,37 @@ def search_form() -> Wanted:
             )
             upload = example_photo()
             top_k, rerank = options()
+        ask, answer, by = question()
     if sent:
-        write_address({"q": text, "where": where, "top": top_k, "rerank": rerank}, upload)
-    picture = st.session_state.get(example_key())
-    return Wanted(text.strip(), where.strip(), top_k, rerank, picture, st.query_params.get("similar"))
+        held = {"q": text, "where": where, "top": top_k, "rerank": rerank, "ask": ask, "answer": answer}
+        write_address(held | {"by": by if ask else ""}, upload)
+    picture, similar = st.session_state.get(example_key()), st.query_params.get("similar")
+    texts = (part.strip() for part in (ask, answer))
+    return Wanted(text.strip(), where.strip(), top_k, rerank, picture, similar, *texts, by)
+
+
+def question() -> tuple[str, str, str]:
+    """(question for the results, condition on the answers, model that answers), empty where no model can answer."""
+    models = answering_models()
+    if not models:
+        return "", "", ""
+    by = read_address("by")
+    folded = st.expander("Ask the results", icon=":material/help:", expanded=bool(read_address("ask")))
+    with folded, st.container(horizontal=True, key="ask-row"):
+        ask = st.text_input("Question", key="ask", placeholder="how many people are there?", max_chars=LONGEST)
+        answer = st.text_input("Keep answers like", key="answer", placeholder=EXAMPLES, max_chars=LONGEST)
+        at = models.index(by) if by in models else 0
+        by = st.selectbox("Model", models, index=at, key=f"by-{by}", format_func=components.model_name)
+    return ask, answer, by
+
+
+def answering_models() -> list[str]:
+    return [name for name, can in state.library().able_models().items() if "ask" in can]
 
 
 def fill_boxes() -> None:
     """The address decides what the boxes hold: a link, a reload or Back brings another query than they have."""
-    address = {key: read_address(key) for key in ("q", "where")}
+    address = {key: read_address(key) for key in TEXTS}
     if st.session_state.get("address") != address or "q" not in st.session_state:
         st.session_state.update(address, address=address)
 
@@ -91,7 +125,7 @@ def write_address(held: dict, upload) -> None:
     if upload:
         example = sha256(upload.getvalue()).hexdigest()[:12]
         st.session_state[f"picture-{example}"] = state.open_upload(upload.getvalue())
-    st.session_state["address"] = {key: held[key] for key in ("q", "where")}
+    st.session_state["address"] = {key: held[key] for key in TEXTS}
     st.query_params.from_dict(address | ({"example": example} if example else {}))
 
 
@@ -134,13 +168,18 @@ def show_found(wanted: Wanted) -> None:
         return
     if wanted.picture:
         show_example(wanted)
-    with st.spinner("Searching"):
+    if wanted.answer and not wanted.ask:
+        raise QueryError("there is a condition on the answers, but no question: ask one")
+    with st.spinner("Searching, and asking the results" if wanted.ask else "Searching"):
         hits = state.library().search(
             wanted.text or None,
             image=wanted.picture,
             where=wanted.where or None,
             top_k=wanted.top_k,
             rerank=wanted.rerank,
+            ask=wanted.ask or None,
+            answer=wanted.answer or None,
+            ask_model=wanted.by or None,
         )
     show_hits(hits, wanted)
 
@@ -169,7 +208,9 @@ def show_hits(hits, wanted: Wanted) -> None:
         components.empty_library()
         return
     if not hits:
-        st.info("No photo passes the filter." if wanted.where else "No photo found.", icon=":material/search_off:")
+        passes = "No photo passes the filter." if wanted.where else "No photo found."
+        words = "No photo's answer fulfils the condition." if wanted.answer else passes
+        st.info(words, icon=":material/search_off:")
         return
     second = f"{hits.reranked} of {hits.candidates} candidates re-ranked" if hits.reranked else "not re-ranked"
     count = f"{len(hits)} photo{'s' if len(hits) > 1 else ''}"

@@ -11,6 +11,8 @@ from transformers.models.blip.configuration_blip import BlipConfig
 from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
+from blipcore.models.text import attend
+
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
 
@@ -35,8 +37,12 @@ class SdpaAttention(BlipAttention):
         """hidden_states [B, N, D] -> ([B, N, D], None): the weights are never materialised."""
         b, n, d = hidden_states.shape
         qkv = self.qkv(hidden_states).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout.p if self.training else 0.0
-        context = F.scaled_dot_product_attention(*qkv.unbind(0), dropout_p=dropout, scale=self.scale)
+        query, key, value = qkv.unbind(0)
+        if qkv.requires_grad and qkv.device.type == "cpu" and not self.dropout.p:
+            context = attend(query, key, value)  # the fused kernel's backward takes twice as long there
+        else:
+            dropout = self.dropout.p if self.training else 0.0
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
         return self.projection(context.transpose(1, 2).reshape(b, n, d)), None
 
 
@@ -116,10 +122,11 @@ class Blip(nn.Module):
 
     def project_images(self, image_embeds: Tensor) -> Tensor:
         """Image tokens [B, N, D] -> unit vectors [B, E] for ITC, from the class token."""
-        return self._unit(self.vision_proj, image_embeds[:, 0])
+        return self.unit(self.vision_proj, image_embeds[:, 0])
 
     @staticmethod
-    def _unit(projection: nn.Linear, states: Tensor) -> Tensor:
+    def unit(projection: nn.Linear, states: Tensor) -> Tensor:
+        """States [B, H] -> unit vectors [B, E], float32."""
         # the length is taken in float32: cosines of bfloat16 vectors would tie where scores should differ
         return F.normalize(projection(states.to(projection.weight.dtype)).float(), dim=-1)
 
@@ -128,7 +135,7 @@ class Blip(nn.Module):
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text alone, `[CLS]` first: [B, T] -> unit vectors [B, E] for ITC."""
         hidden = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-        return self._unit(self.text_proj, hidden[:, 0])
+        return self.unit(self.text_proj, hidden[:, 0])
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """ITM logits [B, 2] (mismatch, match) for B pairs of image tokens [B, N, D] and text [B, T].

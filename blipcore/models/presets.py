@@ -45,8 +45,8 @@ def blip_config(
 
 
 def blip_mini() -> BlipConfig:
-    """ViT-Tiny/16 at 224 with a six-layer text tower of width 384: what this project trains and ships."""
-    return blip_config(vision=(192, 12, 3), text=(384, 6, 12), image_size=224)
+    """ViT-Tiny/16 at 288 with a six-layer text tower of width 384: what this project trains and ships."""
+    return blip_config(vision=(192, 12, 3), text=(384, 6, 12), image_size=288)
 
 
 def blip_base() -> BlipConfig:

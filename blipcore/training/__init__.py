@@ -14,3 +14,13 @@ def recipe_names() -> list[str]:
 def run_recipe(name: str, arguments: Sequence[str]) -> None:
     """Run a recipe's `main` with its own command line."""
     import_module(f"blipcore.training.recipes.{name}").main(list(arguments))
+
+
+def describe_system(name: str) -> dict | None:
+    """A system's parts and stages, as `family.describe`; None for a name that is no system's."""
+    return import_module("blipcore.training.family").describe(name)
+
+
+def finetune(source, **options):
+    """Teach a model the captions of one library: `recipes/finetune_library.py` says what it takes and gives."""
+    return import_module("blipcore.training.recipes.finetune_library").finetune(source, **options)

@@ -1,5 +1,6 @@
 """The pages, run by Streamlit's own test runner over a library of coloured pictures."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,10 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 from app import state
+from app.views.talk import kept
+from blipcore.grounding import Box
 from indexer import PhotoLibrary
+from indexer.errors import ModelError
 from tests.fakes import ColourEncoder
 
 SCRIPT = Path(state.__file__).with_name("streamlit_app.py")
@@ -21,12 +25,41 @@ def draw_photo(path: Path, colour: tuple[int, int, int], **save) -> None:
     Image.new("RGB", (60, 40), colour).save(path, **save)
 
 
+class Speaker:
+    """A model of a library's own: it says what colour a photo has, and how much of a conversation it heard."""
+
+    can_ask = can_chat = can_ground = True
+    can_match = can_caption = False
+    name, fingerprint = "", "5bea" * 4
+
+    def __init__(self):
+        self.sees = ColourEncoder()
+
+    def colour(self, image) -> str:
+        return self.sees.caption([image])[0].text.split()[1]
+
+    def ask(self, images, questions, answers=None):
+        return [self.colour(image) for image in images]
+
+    def chat(self, images, turns, **options):
+        if "boom" in turns[-1]["content"]:
+            yield "I see "
+            raise ModelError("speaker stopped writing (no memory)")
+        if "break" in turns[-1]["content"]:
+            raise RuntimeError("CUDA error\nat a line")
+        yield from (f"{len(turns)} turns, ", self.colour(images[0]), " ![x](http://far/away)")
+
+    def ground(self, image, phrase):
+        return [Box(0.1, 0.1, 0.5, 0.5, phrase)] if phrase == self.colour(image) else []
+
+
 @pytest.fixture(autouse=True)
 def empty_library(tmp_path, monkeypatch):
-    """Every test has a library of its own, and an encoder that sees colours."""
-    encoder = ColourEncoder()
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: encoder)
+    """Every test has a library of its own, and an encoder that sees colours; one of the library's own models speaks."""
+    encoder, speaker = ColourEncoder(), Speaker()
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name: speaker if Path(name).is_dir() else encoder)
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(tmp_path / "library"))
+    monkeypatch.setenv("PHOTOBLIP_MODELS", str(tmp_path / "downloaded"))
     st.cache_resource.clear()
     st.cache_data.clear()
     yield
@@ -63,6 +96,18 @@ def open_page(page: str = "", **query) -> AppTest:
         app.switch_page(f"views/{page}.py").run()
     assert not app.exception
     return app
+
+
+def add_model(library: PhotoLibrary, name: str, **config) -> None:
+    """A model in the library's folder: a page knows what it can do by its configuration."""
+    folder = library.paths.models / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+CHATTY = {"architectures": ["Vlm"], "system": "llava-1.5"}
+POINTING = {"architectures": ["Vlm"], "system": "minigpt-v2"}
+ANSWERING = {"architectures": ["BlipForQuestionAnswering"], "model_type": "blip"}
 
 
 def html(app: AppTest) -> str:
@@ -150,6 +195,43 @@ def test_lost_thumbnail_falls_back_to_the_photo(library, folder):
     assert photos(search(open_page(), "green"))[0] == "meadow.png"
 
 
+def test_results_are_asked_and_the_answers_filter(library):
+    add_model(library, "eyes", **ANSWERING)
+    app = open_page()
+    app.text_input(key="ask").set_value("what colour is it?")
+    search(app, "a picture")
+    assert html(app).count('class="pb-answer"') == 3
+    assert 'title="green">green</div>' in html(app)
+    app.text_input(key="answer").set_value("red|blue")
+    assert sorted(photos(search(app, "a picture"))) == ["rose.png", "sea.png"]
+    held = {"q": "a picture", "ask": "what colour is it?", "answer": "red|blue", "by": "eyes"}
+    assert dict(app.query_params) == held
+
+
+def test_address_brings_the_question_back(library):
+    add_model(library, "eyes", **ANSWERING)
+    app = open_page(q="a picture", ask="what colour?", answer="blue")
+    assert photos(app) == ["sea.png"]
+    assert app.expander[0].proto.expanded
+    assert app.text_input(key="answer").value == "blue"
+
+
+def test_answers_that_fulfil_nothing_are_said(library):
+    add_model(library, "eyes", **ANSWERING)
+    assert "No photo's answer" in open_page(q="a picture", ask="what colour?", answer="purple").info[0].value
+    assert "cannot be read" in open_page(q="a picture", ask="what colour?", answer="2..1").error[0].value
+    assert "no question" in open_page(q="a picture", answer="blue").error[0].value
+    assert "Nothing to search for" in open_page(ask="what colour?").error[0].value
+
+
+def test_without_an_answering_model_the_way_to_one_is_said(library):
+    app = open_page(q="a picture", ask="what colour?")
+    assert "photoblip models download blip-vqa-base" in app.caption[-1].value
+    assert len(app.expander) == 0
+    assert len(photos(app)) == 3
+    assert 'class="pb-answer"' not in html(app)
+
+
 # -- one photo ----------------------------------------------------------------------------------------------
 
 
@@ -171,6 +253,125 @@ def test_photo_page_writes_and_adds_captions(library, folder):
 
 def test_unknown_photo_is_a_sentence(library):
     assert "no photo 99" in open_page(photo="99").error[0].value
+
+
+# -- talk about a photo -------------------------------------------------------------------------------------
+
+
+def talk(library: PhotoLibrary, folder: Path, photo: str = "rose.png") -> AppTest:
+    return open_page(photo=str(library.photo_id(folder / photo)))
+
+
+def say(app: AppTest, words: str) -> AppTest:
+    return app.chat_input[0].set_value(words).run()
+
+
+def messages(app: AppTest) -> list[tuple[str, str]]:
+    return [(message.name, message.markdown[0].value) for message in app.chat_message]
+
+
+def test_conversation_goes_on_and_starts_over(library, folder):
+    add_model(library, "eyes", **CHATTY)
+    app = say(say(talk(library, folder), "hello"), "and now?")
+    heard = [words for _, words in messages(app)]
+    assert [name for name, _ in messages(app)] == ["user", "assistant"] * 2
+    assert heard[0::2] == ["hello", "and now?"]
+    assert heard[1].startswith("1 turns, red")
+    assert heard[3].startswith("3 turns, red")
+    assert messages(button(app, "Start over").click().run()) == []
+    assert messages(say(app, "hello"))[1][1].startswith("1 turns")
+
+
+def test_each_photo_and_model_has_its_own_conversation(library, folder):
+    add_model(library, "eyes", **CHATTY)
+    add_model(library, "more-eyes", **CHATTY)
+    app = say(talk(library, folder), "hello")
+    app.selectbox(key="talk-model").set_value("more-eyes").run()
+    assert messages(app) == []
+    app.selectbox(key="talk-model").set_value("eyes").run()
+    assert len(messages(app)) == 2
+    app.query_params["photo"] = str(library.photo_id(folder / "sea.png"))
+    assert messages(app.run()) == []
+    assert messages(say(app, "hello"))[1][1].startswith("1 turns, blue")
+
+
+def test_words_of_a_model_fetch_nothing(library, folder):
+    add_model(library, "eyes", **CHATTY)
+    app = say(talk(library, folder), "hello")
+    assert r"\!\[x\](http" not in messages(app)[1][1]
+    assert r"\!\[x\]\(http" in messages(app)[1][1]
+    assert messages(app.run())[1][1].count(r"\!\[x\]\(http") == 1, "drawn again from what was kept"
+
+
+def test_model_that_breaks_is_a_sentence_and_talk_goes_on(library, folder):
+    add_model(library, "eyes", **CHATTY)
+    app = say(talk(library, folder), "boom")
+    assert "Speaker stopped writing" in app.error[0].value
+    assert messages(app)[1][1].startswith("I see")
+    app = say(talk(library, folder), "break it")
+    assert "CUDA error" in app.error[0].value
+    assert "at a line" not in app.error[0].value
+    assert not app.exception
+    assert messages(app.run()) == [], "an unanswered turn is no part of the conversation"
+    assert messages(say(app, "hello"))[1][1].startswith("1 turns")
+
+
+def test_words_written_before_an_interruption_are_kept():
+    turns: list[dict] = []
+    pieces = kept(iter(["a ", "dog ", "runs"]), turns, "what is it?")
+    assert next(pieces) + next(pieces) == "a dog "
+    pieces.close()
+    assert [turn["content"] for turn in turns] == ["what is it?", "a dog "]
+
+
+def test_answering_model_hears_no_history_and_is_remembered(library, folder):
+    add_model(library, "eyes", **ANSWERING)
+    app = say(say(talk(library, folder), "What colour is it?"), "and now?")
+    assert messages(app)[1] == ("assistant", "red")
+    assert messages(app)[3] == ("assistant", "red")
+    assert app.chat_input[0].placeholder == "Ask a single question"
+    assert "photoblip models download qwen2-vl-2b" in app.caption[-1].value, "how to point"
+    app = talk(library, folder)
+    assert "<dt>what colour is it?</dt><dd>red</dd>" in html(app)
+    assert any("Answered before (2)" in folded.label for folded in app.expander)
+
+
+def test_pointing_draws_boxes_or_says_there_is_nothing(library, folder):
+    add_model(library, "eyes", **POINTING)
+    app = talk(library, folder)
+    point_at(app, "red")
+    assert "where the photo shows red" in photos(app)
+    say(app, "hello")
+    assert "where the photo shows red" in photos(app), "still there when the talk goes on"
+    point_at(app, "a *unicorn*")
+    assert app.info[0].value == r"Nothing was found for a \*unicorn\*."
+    assert not any(name.startswith("where the photo") for name in photos(app))
+
+
+def point_at(app: AppTest, phrase: str) -> None:
+    app.text_input(key="phrase").set_value(phrase)
+    button(app, "Point").click().run()
+
+
+def test_models_are_listed_with_what_they_can_do(library, folder):
+    add_model(library, "eyes", **ANSWERING)
+    add_model(library, "finger", **POINTING)
+    add_model(library, "nothing-said", architectures=["BlipForImageTextRetrieval"], model_type="blip")
+    app = talk(library, folder)
+    assert app.selectbox(key="talk-model").options == [
+        "finger · answers, conversation, pointing",
+        "eyes · answers",
+    ]
+    app.selectbox(key="talk-model").set_value("eyes").run()
+    assert "choose finger" in app.caption[-1].value
+    app.query_params["photo"] = str(library.photo_id(folder / "sea.png"))
+    assert app.run().selectbox(key="talk-model").value == "eyes", "the choice holds for the next photo"
+
+
+def test_photo_page_without_a_speaking_model_says_how_to_get_one(library, folder):
+    app = talk(library, folder)
+    assert "photoblip models download blip-vqa-base` (1.5 GB)" in app.caption[-1].value
+    assert len(app.chat_input) == 0
 
 
 # -- image to text ------------------------------------------------------------------------------------------

@@ -41,19 +41,32 @@ def test_several_positives_share_the_target():
     torch.testing.assert_close(contrastive_loss(images, texts, temp, same), (to_text + to_image) / 2)
 
 
+def test_a_teacher_softens_the_targets_and_undescribed_images_are_candidates_only():
+    images, texts, temp = unit(3, 8), unit(2, 8, seed=1), torch.tensor(0.1)
+    same = torch.tensor([[True, False], [False, False], [False, True]])
+    teacher = torch.randn(3, 2, generator=torch.Generator().manual_seed(2))
+    logits = images @ texts.T / temp
+    to_text = 0.7 * same[[0, 2]].float() + 0.3 * teacher[[0, 2]].softmax(1)
+    to_image = 0.7 * same.T.float() + 0.3 * teacher.T.softmax(1)
+    expected = -(F.log_softmax(logits[[0, 2]], 1) * to_text).sum(1).mean()
+    expected = (expected - (F.log_softmax(logits.T, 1) * to_image).sum(1).mean()) / 2
+    torch.testing.assert_close(contrastive_loss(images, texts, temp, same, teacher, 0.3), expected)
+
+
 def test_negatives_are_never_the_pair_itself_and_hard_ones_are_drawn_more():
     similarity = torch.tensor([[9.0, 5.0, 0.0, 0.0]]).expand(4000, 4)
     same = torch.tensor([[True, False, False, False]]).expand(4000, 4)
-    hard = sample_negatives(similarity, same, 1.0, torch.Generator().manual_seed(0))
-    even = sample_negatives(similarity, same, 0.0, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    hard = sample_negatives(similarity, same)
+    even = sample_negatives(similarity, same, hardness=0.0)
     assert not (hard == 0).any()
     assert (hard == 1).float().mean() > 0.9
     assert (even == 1).float().mean() == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_a_batch_of_one_image_has_no_negatives():
-    with pytest.raises(ValueError, match="two different images"):
-        sample_negatives(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), 1.0)
+    with pytest.raises(ValueError, match="two different photos"):
+        sample_negatives(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
 
 
 def test_itm_reads_b_matches_and_two_b_mismatches():

@@ -7,19 +7,36 @@ import numpy as np
 import pytest
 import torch
 
-from blipcore.captioned import CaptionedPhotos, load_captioned
+from blipcore.captioned import CaptionedPhotos, load_captioned, open_captioned
+from blipcore.checkpoint import save
 from blipcore.encoder import load_encoder
+from blipcore.errors import ModelError
 from blipcore.evaluation import retrieval
+from blipcore.layouts import write_shard
 from blipcore.models import presets
-from blipcore.models.blip import Blip
-from blipcore.training import recipe_names, run_recipe
-from blipcore.training.datasets import FrozenPrefixCache
-from blipcore.training.loop import AveragedWeights, cosine_with_warmup, epochs, parameter_groups
-from blipcore.training.prototypes import ClassPrototypes
-from blipcore.training.recipes import package_model, pretrain_blip
+from blipcore.training import prototypes, recipe_names, run_recipe
+from blipcore.training.datasets import CaptionedBatches, FrozenPrefixCache
+from blipcore.training.loop import AveragedWeights, cosine_with_warmup, parameter_groups
+from blipcore.training.prototypes import ClassNames, ClassPrototypes
+from blipcore.training.recipes import (
+    blip_mini,
+    finetune_captioning,
+    finetune_retrieval,
+    package_model,
+    pretrain_blip,
+)
 from blipcore.training.starts import TIMM_VIT, load_text_start, rename
-from blipcore.transforms import Normalizer
-from tests.tiny import SHARED_DATA, TOKENIZER, drawn_photo, needs_shared_data, tiny_blip, tiny_config
+from blipcore.training.wordnet import WordNet
+from blipcore.transforms import Normalizer, TextTokenizer, squash
+from tests.tiny import (
+    SHARED_DATA,
+    TOKENIZER,
+    drawn_photo,
+    needs_shared_data,
+    starting_weights,
+    tiny_blip,
+    tiny_config,
+)
 
 WORDS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown"]
 
@@ -43,38 +60,109 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "tiny", tiny_config)
 
 
-def settings(data, out, **values) -> pretrain_blip.Settings:
-    defaults = {"preset": "tiny", "frozen_blocks": 1, "views": 2, "steps": 2, "batch_size": 4, "joint_size": 4}
-    defaults |= {"warmup": 1, "evaluate_every": 0, "prototypes": 0}
-    return pretrain_blip.Settings(data=data, out=out, tokenizer=TOKENIZER, **(defaults | values))
+def settings(data, out, **values) -> blip_mini.Settings:
+    vision, text = starting_weights(data)
+    defaults = {"preset": "tiny", "frozen_blocks": 1, "views": 2, "minutes": 0.05, "batch_size": 8, "joint_size": 8}
+    defaults |= {"group": 4, "texts_per_image": 3, "warmup": 1, "evaluate_every": 0, "prototypes": 4}
+    return blip_mini.Settings(
+        data=(f"{data}:train",), dev=f"{data}:dev", out=out, tokenizer=TOKENIZER, vision_start=vision, text_start=text,
+        **(defaults | values),
+    )  # fmt: skip
 
 
-def test_two_steps_train_what_is_not_frozen(captioned, tmp_path, tiny_preset):
-    torch.manual_seed(0)
-    before = {name: p.detach().clone() for name, p in Blip(tiny_config()).named_parameters()}
-    run = pretrain_blip.train(settings(captioned, tmp_path / "out"))
-    after = dict(run.model.named_parameters())
-    for name, parameter in before.items():
-        frozen = name.startswith(("vision_model.embeddings", "vision_model.encoder.layers.0."))
-        assert torch.equal(parameter, after[name].detach()) == frozen, name
-    assert (tmp_path / "out" / "weights.pt").exists()
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["preset"] == "tiny"
-    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert {"itc", "itm", "lm", "temp", "seconds"} <= rows[0].keys()
-
-
-def test_thirty_steps_lower_the_losses(captioned, tmp_path, tiny_preset):
-    run = pretrain_blip.Run(settings(captioned, tmp_path / "out", steps=60, batch_size=8, joint_size=8, rate=3e-3,
-                                     text_rate=3e-3, vision_rate=3e-3))  # fmt: skip
+def test_the_joint_stage_trains_what_is_not_frozen(captioned, tmp_path, tiny_preset):
+    run = blip_mini.Run(settings(captioned, tmp_path / "out"))
     run.model.train()
-    losses = [run.step(number, np.arange(8)) for number in range(60)]
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    losses = run.step(next(run.batches()))
+    for name, parameter in run.model.named_parameters():
+        frozen = name.startswith(("vision_model.embeddings", "vision_model.encoder.layers.0."))
+        # the decoder's pooler and the like do not exist; every other weight has a gradient
+        assert torch.equal(parameter, before[name]) == frozen, name
+    assert {"itc", "itm", "listwise", "lm", "prototype", "drift", "temp"} <= losses.keys()
+
+
+def test_the_matching_stage_leaves_the_whole_tower_and_reads_its_final_tokens(
+    captioned, tmp_path, tiny_preset, tiny_wordnet
+):
+    blip_mini.train(settings(captioned, tmp_path / "joint"))
+    earlier = torch.load(tmp_path / "joint" / "weights.pt", weights_only=True)
+    start = str(tmp_path / "joint" / "weights.pt")
+    run = blip_mini.Run(settings(captioned, tmp_path / "matching", stage="matching", start=start, **tiny_wordnet))
+    with torch.no_grad():
+        size = run.model.config.vision_config.image_size
+        pixels = run.normalize(squash(run.corpus.photos.image(3), size)[None])
+        tokens = run.model.eval().encode_images(pixels)
+    hidden, _ = run.cache.batch(np.array([3]), np.array([0]))
+    torch.testing.assert_close(hidden, tokens, atol=0.1, rtol=0.1)  # bf16, then fp16
+    run.model.train()
+    run.step(next(run.batches()))
+    for name, parameter in run.model.vision_model.named_parameters():
+        assert torch.equal(parameter, earlier["vision_model." + name]), name
+    assert not torch.equal(run.model.itm_head.weight, earlier["itm_head.weight"])
+
+
+def test_training_lowers_the_losses_and_logs(captioned, tmp_path, tiny_preset):
+    plain = {"dropout": 0.0, "word_masking": 0.0, "soften": 0.0, "prototype_weight": 0.0, "alignment_weight": 0.0}
+    rates = {"rate": 3e-3, "text_rate": 3e-3, "vision_rate": 3e-3}
+    run = blip_mini.Run(settings(captioned, tmp_path / "out", **plain, **rates))
+    run.model.train()
+    run.settings.minutes = 60
+    batches = run.batches()
+    losses = [run.step(next(batches)) for _ in range(150)]
     for name in ("itc", "lm"):
         first, last = (np.mean([row[name].item() for row in part]) for part in (losses[:5], losses[-5:]))
         assert last < 0.8 * first, name
+    figures = run.evaluate(queries=8, k=4)
+    assert {"t2i", "i2t", "itm_r1", "fused_r1"} <= figures.keys()
+
+
+def test_every_text_meets_as_many_images_and_never_its_own_twice():
+    columns = blip_mini.pairings(16, 4, 4, np.random.default_rng(0))
+    assert (columns[:, 0] == np.arange(16)).all()
+    assert all(sorted(column) == list(range(16)) for column in columns.T)
+    assert all(len(set(row)) == 4 for row in columns.tolist())
+    assert (columns[:, 1:3] // 4 == np.arange(16)[:, None] // 4).all()  # look-alikes
+    assert (columns[:, 3] // 4 != np.arange(16) // 4).all()  # any other
+
+
+def test_matching_losses_against_plain_arithmetic_with_a_near_twin_left_out():
+    margins = torch.tensor([[2.0, -1.0], [0.3, 0.2]])
+    columns, counted = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, False], [True, True]])
+    prior = torch.tensor([[0.5, 0.0], [0.0, 1.0]])
+    binary, listwise, accuracy = blip_mini.matching_losses(margins, columns, counted, prior)
+    positive = -(torch.sigmoid(margins[:, 0]).log().mean())
+    negative = -(1 - torch.sigmoid(margins[1, 1])).log()  # the only pair that counts
+    torch.testing.assert_close(binary, (positive + 2 * negative) / 3)
+    ranked = margins + prior
+    of_images = -ranked[1].log_softmax(0)[0] / 2  # image 0 has no negative left: nothing to lose
+    of_texts = -torch.stack([ranked[0, 0], ranked[1, 1]]).log_softmax(0)[0] / 2
+    torch.testing.assert_close(listwise, (of_images + of_texts) / 2)
+    assert accuracy == pytest.approx((1 + 2 * 0) / 3)
+
+
+def test_groups_hold_look_alikes_and_an_epoch_repeats_nobody():
+    centres = torch.eye(4).repeat_interleave(12, 0)
+    features = torch.nn.functional.normalize(centres + 0.01 * torch.randn(48, 4), dim=1)
+    batches = blip_mini.grouped_batches(features, 4, 8, np.random.default_rng(0))
+    rows = np.concatenate(batches)
+    assert len(rows) == 48 == len(set(rows.tolist()))
+    kinds = [len(set(group)) for group in (rows.reshape(-1, 4) // 12).tolist()]
+    assert np.mean(kinds) < 2.4  # random groups of 4 hold 2.8 of 4 kinds
+
+
+def test_dropout_keeps_the_mean_and_rests_in_evaluation():
+    drop = blip_mini.Dropout(0.25, size=1 << 16)
+    ones = torch.ones(100, 100, requires_grad=True)
+    dropped = drop(ones)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    with torch.no_grad():
+        assert torch.equal(drop(ones), ones)
 
 
 def test_a_run_becomes_a_model_folder(captioned, tmp_path, tiny_preset, monkeypatch):
-    pretrain_blip.train(settings(captioned, tmp_path / "run"))
+    blip_mini.train(settings(captioned, tmp_path / "run"))
     monkeypatch.setattr(package_model, "fit_platt", lambda *_: (2.0, 0.5))  # two steps separate nothing
     package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
     encoder = load_encoder(str(tmp_path / "model"), device="cpu")
@@ -86,14 +174,90 @@ def test_a_run_becomes_a_model_folder(captioned, tmp_path, tiny_preset, monkeypa
 
 
 def test_packaging_refuses_a_matcher_that_tells_nothing(captioned, tmp_path, tiny_preset, monkeypatch):
-    pretrain_blip.train(settings(captioned, tmp_path / "run"))
+    blip_mini.train(settings(captioned, tmp_path / "run"))
     monkeypatch.setattr(package_model, "fit_platt", lambda *_: (-1.0, 0.0))
     with pytest.raises(ValueError, match="train longer"):
         package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
 
 
+@pytest.mark.parametrize("options", [[], ["--queue", "0"]])
+def test_retrieval_fine_tuning_learns_and_writes_a_model(captioned, tmp_path, options):
+    start = write_tiny(tmp_path)
+    arguments = ["--data", str(captioned), "--split", "train", "--dev", "dev", "--start", str(start)]
+    arguments += ["--out", str(tmp_path / "out"), "--steps", "40", "--batch-size", "8", "--rate", "1e-3"]
+    figures = finetune_retrieval.main([*arguments, *(options or ["--queue", "16"]), "--precision", "fp32"])
+    assert {"t2i", "i2t"} <= figures.keys()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    encoder = load_encoder(str(tmp_path / "out" / "model"), device="cpu")
+    assert encoder.can_match and encoder.fingerprint != load_encoder(str(start), device="cpu").fingerprint
+
+
+def test_caption_fine_tuning_learns_the_words(captioned, tmp_path):
+    start = write_tiny(tmp_path)
+    arguments = ["--data", str(captioned), "--split", "train", "--start", str(start), "--out", str(tmp_path / "out")]
+    finetune_captioning.main(
+        [*arguments, "--steps", "60", "--batch-size", "8", "--rate", "5e-3", "--precision", "fp32"]
+    )
+    encoder = load_encoder(str(tmp_path / "out" / "model"), device="cpu")
+    captions = [caption.text for caption in encoder.caption([drawn_photo(0)], candidates=1)]
+    assert "thing" in captions[0] or "something" in captions[0]
+
+
+def test_a_captioner_alone_is_fine_tuned_and_opens_again(captioned, tmp_path):
+    save(tiny_blip(retrieval=False), tmp_path / "start", TextTokenizer(TOKENIZER), mean=(0.5,) * 3, std=(0.5,) * 3)
+    arguments = ["--data", str(captioned), "--split", "train", "--start", str(tmp_path / "start"), "--steps", "2"]
+    finetune_captioning.main([*arguments, "--batch-size", "4", "--out", str(tmp_path / "out"), "--precision", "fp32"])
+    encoder = load_encoder(str(tmp_path / "out" / "model"), device="cpu")
+    assert encoder.can_caption and not encoder.can_match
+
+
+def test_the_same_seed_is_the_same_run(captioned, tmp_path, tiny_preset):
+    arguments = ["--data", str(captioned), "--split", "train", "--tokenizer", str(TOKENIZER), "--preset", "tiny"]
+    arguments += ["--steps", "2", "--batch-size", "4", "--queue", "8", "--image-size", "32", "--precision", "fp32"]
+    weights = []
+    for out in ("one", "two"):
+        torch.manual_seed(len(weights))  # whatever was drawn before
+        pretrain_blip.main([*arguments, "--out", str(tmp_path / out)])
+        weights.append(torch.load(tmp_path / out / "weights.pt", weights_only=True))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_photos_of_two_shards_with_the_same_names_are_two_photos(tmp_path):
+    for number in range(2):
+        drawn_photo(number).save(held := BytesIO(), "PNG")
+        write_shard(tmp_path / f"{number}.tar", [("000", {"png": held.getvalue(), "txt": b"a thing"})])
+    source = open_captioned(tmp_path)
+    batches = CaptionedBatches(TextTokenizer(TOKENIZER), Normalizer((0.5,) * 3, (0.5,) * 3), 32)
+    ids = batches.collate([batches.transform(source[i], np.random.default_rng(0)) for i in (0, 1, 0)])["ids"]
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_pretraining_as_the_paper_runs_from_public_towers(captioned, tmp_path, tiny_preset):
+    vision, text = starting_weights(tmp_path)
+    arguments = ["--data", str(captioned), "--split", "train", "--dev", "dev", "--tokenizer", str(TOKENIZER)]
+    arguments += ["--preset", "tiny", "--image-size", "64", "--vision-start", str(vision), "--text-start", str(text)]
+    arguments += ["--steps", "3", "--batch-size", "4", "--queue", "8", "--warmup", "1", "--out", str(tmp_path / "out")]
+    figures = pretrain_blip.main([*arguments, "--precision", "fp32", "--accumulate", "2"])
+    assert {"t2i", "i2t"} <= figures.keys()
+    weights = torch.load(tmp_path / "out" / "weights.pt", weights_only=True)
+    assert weights["vision_model.embeddings.position_embedding"].shape == (1, 17, 32)
+
+
+def test_what_a_user_gets_wrong_is_one_sentence(captioned, tmp_path):
+    with pytest.raises(ModelError, match="neither"):
+        finetune_captioning.main(["--data", str(captioned), "--split", "nowhere", "--out", str(tmp_path / "out")])
+
+
+def write_tiny(folder):
+    save(tiny_blip(), folder / "start", TextTokenizer(TOKENIZER), mean=(0.5,) * 3, std=(0.5,) * 3)
+    return folder / "start"
+
+
 def test_recipes_are_found_by_name():
-    assert {"pretrain_blip", "package_model"} <= set(recipe_names())
+    names = {"blip_mini", "pretrain_blip", "finetune_retrieval", "finetune_captioning", "package_model"}
+    assert names <= set(recipe_names())
     with pytest.raises(SystemExit) as stopped:
         run_recipe("pretrain_blip", ["--help"])
     assert stopped.value.code == 0
@@ -109,8 +273,6 @@ def test_the_frozen_prefix_gives_what_the_tower_gives(tmp_path):
     cache = FrozenPrefixCache(tmp_path, photos, views=2, block=1)
     cache.build(model, normalize)
     hidden, class_tokens = cache.batch(np.array([2, 0]), np.array([0, 0]))
-    from blipcore.transforms import squash
-
     inputs = normalize(np.stack([squash(photos.image(i), 32) for i in (2, 0)]))
     with torch.no_grad():
         whole = model.encode_images(inputs)
@@ -139,12 +301,133 @@ def test_prototypes_lie_where_the_classifier_names_them():
     within = np.linalg.inv(0.09 * np.eye(16))
     rows = torch.tensor((centres - centres.mean(0)) @ within, dtype=torch.float32)
     bias = -0.5 * (rows * torch.tensor(centres, dtype=torch.float32)).sum(1)
-    prototypes = ClassPrototypes(rows, bias, [f"class{i}" for i in range(10)], features)
-    assert prototypes.top1() > 0.9
-    drawn, texts = prototypes.sample(5, np.random.default_rng(1))
-    assert drawn.shape == (5, 16) and len({text.split("class")[1][0] for text in texts}) == 5
-    assert prototypes.drift(drawn, drawn).item() == pytest.approx(0, abs=1e-6)
-    assert prototypes.drift(drawn + 1, drawn).item() > 0
+    names = ClassNames([[f"class{i}"] for i in range(10)], [["even", "thing"] if i % 2 == 0 else [] for i in range(10)])
+    learnt = ClassPrototypes(rows, bias, names, features)
+    assert learnt.top1() > 0.9
+    drawn, classes = learnt.sample(5, np.random.default_rng(1))
+    assert drawn.shape == (5, 16) and len(set(classes.tolist())) == 5
+    texts, drawn_names, same = learnt.describe(np.array([0, 2, 3] * 20), np.random.default_rng(1))
+    general = next(i for i, text in enumerate(texts) if "even" in text)
+    assert same[:, general].tolist() == [True, True, False] * 20
+    specific = next(i for i, text in enumerate(texts) if "class3" in text)
+    assert same[:, specific].tolist() == [False, False, True] * 20
+    assert drawn_names[specific] == "class3"
+    # texts that ask exactly what the classifier asks are aligned, whatever they share; others are not
+    own = [f"class{i}" for i in range(10)]
+    asked = learnt.rows + torch.randn(16)
+    assert learnt.misalignment(torch.eye(16), asked, own).item() == pytest.approx(0, abs=1e-4)
+    assert learnt.misalignment(torch.eye(16), asked.roll(1, 0), own).item() > 0.5
+    assert learnt.drift(drawn, drawn).item() == pytest.approx(0, abs=1e-6)
+    assert learnt.drift(drawn + 1, drawn).item() > 0
+
+
+WORDNET = """
+00000010 06 n 02 airliner 0 jetliner 0 001 @ 00000020 n 0000 | a big one
+00000020 06 n 02 airplane 0 plane 1 002 @ 00000025 n 0000 ~ 00000010 n 0000 | it flies
+00000025 06 n 01 aircraft 0 001 @ 00000030 n 0000 | what flies
+00000026 06 n 01 helicopter 0 001 @ 00000025 n 0000 | it hovers
+00000030 06 n 01 vehicle 0 000 | it moves
+00000040 18 n 01 airliner 1 000 | another sense
+00000050 05 n 01 tench 0 001 @ 00000060 n 0000 | a fish
+00000060 05 n 01 fish 0 000 | it swims
+00000061 05 n 01 carp 0 001 @ 00000060 n 0000 | it swims too
+00000062 05 n 01 Cyprinus_carpio_12 0 001 @ 00000060 n 0000 | not a plain word
+00000070 12 n 01 joy 0 001 @ 00000030 n 0000 | not concrete
+00000080 06 n 01 stone 0 000 | near nothing
+"""
+
+
+@pytest.fixture
+def wordnet(tmp_path):
+    """A few meanings in WordNet's own format."""
+    senses: dict[str, list[str]] = {}
+    for line in WORDNET.strip().splitlines():
+        fields = line.split()
+        for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]:
+            senses.setdefault(word.lower(), []).append(fields[0])
+    index = [f"{w} n {len(at)} 1 @ {len(at)} 0 {' '.join(at)}  " for w, at in senses.items()]
+    for name, lines in (("data.noun", WORDNET.strip().splitlines()), ("index.noun", index)):
+        (tmp_path / name).write_text("\n".join(["  1 a line of the licence", *lines]) + "\n")
+    return WordNet(tmp_path)
+
+
+def test_kinds_come_from_wordnets_files(wordnet):
+    own = [["airliner", "jetliner"], ["unheard of"]]
+    names = ClassNames(own, prototypes._kinds(own, wordnet))
+    assert names.kinds == [["airplane", "plane", "aircraft", "vehicle"], []]
+    drawn = set(names.draw(np.zeros(400, int), np.random.default_rng(0)))
+    assert drawn == {"airliner", "jetliner", "airplane", "plane", "aircraft", "vehicle"}
+    assert wordnet.is_noun("planes") and not wordnet.is_noun("runs")
+
+
+def test_other_nouns_know_the_classes_nearest_to_them(wordnet):
+    own = [["airliner", "jetliner"], ["tench"]]
+    classes = ClassNames(own, prototypes._kinds(own, wordnet))
+    others = prototypes.OtherNouns(classes, wordnet, common={"carp"})
+    near = dict(zip(others.names, others.nearest.tolist(), strict=True))
+    # names and kinds of the classes, what is not concrete or plain, and what is near to no class are left out
+    assert near == {"helicopter": [True, False], "carp": [False, True]}
+    assert others.weights[others.names.index("carp")] > 5 * others.weights[others.names.index("helicopter")]
+    texts, nearest = others.sample(2, np.random.default_rng(0))
+    assert all(("carp" in text) == bool(row[1]) for text, row in zip(texts, nearest, strict=True))
+
+
+def test_caption_nouns_are_said_of_photos(wordnet, monkeypatch):
+    monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
+    captions = [["a fish and planes", "the fish"], ["vehicle"], ["two planes run"], ["run"], ["it"], ["it"], ["it"]]
+    nouns = prototypes.CaptionNouns(captions, wordnet)
+    said = {name: nouns.said[:, column].nonzero().ravel().tolist() for column, name in enumerate(nouns.names)}
+    assert said == {"fish": [0], "planes": [0, 2], "vehicle": [1]}
+
+
+def test_plurals():
+    assert [prototypes.plural(n) for n in ("airplane", "cherry", "fox", "tow boy", "finch")] == [
+        "airplanes", "cherries", "foxes", "tow boys", "finches",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def tiny_wordnet(wordnet, tmp_path, monkeypatch):
+    """Settings with which a recipe reads the tiny WordNet, whose nouns are the captions' words."""
+    monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
+    monkeypatch.setattr(wordnet, "is_noun", lambda word: word in WORDS)
+    monkeypatch.setattr(blip_mini, "WordNet", lambda folder: wordnet)
+    return {"wordnet": tmp_path, "others": 1, "nouns": 4}
+
+
+def test_the_texts_stage_teaches_words_and_leaves_the_tower(captioned, tmp_path, tiny_preset, wordnet, tiny_wordnet):
+    imagenet = ClassNames.of_imagenet()
+    # the tiny WordNet knows two of ImageNet's thousand classes
+    assert wordnet.synset_of(imagenet.own[0]) == "00000050" and ["airliner"] in imagenet.own
+    run = blip_mini.Run(settings(captioned, tmp_path / "out", stage="texts", **tiny_wordnet))
+    run.model.train()
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    losses = run.step(next(run.batches()))
+    changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"prototype", "misalignment", "belief", "nouns", "tags", "others"} <= losses.keys()
+    assert {"vision_proj.weight", "text_proj.weight"} <= changed
+    assert not any(name.startswith(("vision_model.", "itm_head.")) or ".crossattention." in name for name in changed)
+    with pytest.raises(ValueError, match="--wordnet"):
+        blip_mini.Run(settings(captioned, tmp_path / "other", stage="texts"))
+
+
+def test_itm_learns_the_decoders_order_of_a_texts_images():
+    margins = torch.tensor([[0.0, 1.0], [2.0, 0.5]])
+    likelihood = torch.tensor([[-3.0, -5.0], [-4.0, -4.5]])
+    columns, counted = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, True], [True, False]])
+    loss = blip_mini.ranking_distillation(margins, likelihood, columns, counted)
+    # text 0 meets its own image with margin 0 (likelihood -3); image 1's pair with it does not count
+    # text 1 meets its own with 2 (-4) and image 0 with 1 (-5)
+    teacher = torch.tensor([-4.0, -5.0]).softmax(0)
+    target = (teacher + torch.tensor([1.0, 0.0])) / 2
+    expected = -(target * torch.tensor([2.0, 1.0]).log_softmax(0)).sum() / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_imagenets_names_are_timms():
+    names = ClassNames.of_imagenet()
+    assert len(names.own) == 1000 and names.own[0] == ["tench", "tinca tinca"]
+    assert names.same(np.array([0, 1]), ["tench"]).tolist() == [[True], [False]]
 
 
 def test_timm_names_map_onto_blips_tower():
@@ -196,11 +479,6 @@ def test_averaged_weights_swap_in_and_out():
     assert torch.all(model.weight > start) and torch.all(model.weight < start + 1)
     average.swap()
     torch.testing.assert_close(model.weight.detach(), start + 1)
-
-
-def test_an_epoch_shows_every_row_once():
-    batches = epochs(10, 5, np.random.default_rng(0))
-    assert sorted(np.concatenate([next(batches), next(batches)]).tolist()) == list(range(10))
 
 
 @needs_shared_data

@@ -172,6 +172,12 @@ def test_a_hub_model_downloads_indexes_searches_captions_and_answers(photoblip, 
     assert code == 0 and 0 <= rows(stdout)[0]["score"] <= 1
     code, stdout, _ = photoblip("ask", photos / "red.png", "what is it?", "--model", "blip-vqa-base", "--json")
     assert code == 0 and rows(stdout)[0]["question"] == "what is it?"
+    asked = ["ask", photos / "red.png", "what is it?", "--model", "blip-vqa-base", "--answers", tmp_path / "answers"]
+    (tmp_path / "answers").write_text("a dog\n\na cat\n")
+    assert photoblip(*asked)[1].strip() in {"a dog", "a cat"}
+    (tmp_path / "answers").write_text("\n")
+    code, _, stderr = photoblip(*asked)
+    assert code == 1 and "no answers to choose from" in stderr
     code, stdout, _ = photoblip("models", "info", "blip-base", "--json")
     assert rows(stdout)[0]["abilities"] == ["match", "caption"]
 

@@ -107,3 +107,44 @@ def test_threads_may_search_while_another_adds():
     for thread in threads:
         thread.join()
     assert errors == [] and len(index) == 150
+
+
+def several(count: int, each: int, dim: int = 8, seed: int = 3) -> np.ndarray:
+    """Unit vectors [count, each, dim] that float16 holds exactly."""
+    drawn = np.random.default_rng(seed).normal(size=(count, each, dim))
+    return (drawn / np.linalg.norm(drawn, axis=2, keepdims=True)).astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_a_photo_with_several_vectors_counts_by_the_nearest_of_them(k):
+    vectors, ids = several(40, 6), np.arange(100, 140)
+    index = VectorIndex(8)
+    index.add(ids[:25], vectors[:25])
+    index.add(ids[25:], vectors[25:])
+    queries = several(3, 1, seed=4)[:, 0]
+    scores, found = index.search(queries, k)
+    exact = np.einsum("qd,ned->qne", queries, vectors).max(2)
+    order = np.argsort(-exact, axis=1)[:, :k]
+    assert np.array_equal(found, ids[order])
+    assert np.allclose(scores, np.take_along_axis(exact, order, 1), atol=1e-3)
+    assert len(index) == 40
+    assert np.array_equal(index.ids(), ids)
+    assert np.array_equal(index.vectors(ids[[7, 3]]), vectors[[7, 3]])
+
+
+def test_photos_with_several_vectors_are_filtered_replaced_removed_saved(tmp_path):
+    vectors, ids = several(20, 4), np.arange(20)
+    index = VectorIndex(8)
+    index.add(ids, vectors)
+    index.add(ids[:1], vectors[1:2])  # photo 0 now looks as photo 1 does
+    assert index.remove(np.array([5, 6])) == 2
+    index.save(tmp_path / "index.faiss")
+    index = VectorIndex.load(tmp_path / "index.faiss", 8)
+    assert (len(index), index.per_photo) == (18, 4)
+    query = vectors[1, 2][None]
+    assert set(index.search(query, 2)[1][0].tolist()) == {0, 1}
+    scores, found = index.search(query, 4, among=np.array([3, 4, 5]))
+    assert set(found[0].tolist()) == {3, 4, -1}
+    assert np.isneginf(scores[0][found[0] == -1]).all()
+    with pytest.raises(ValueError, match="vectors are"):
+        index.add(np.array([50]), several(1, 3))
