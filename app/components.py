@@ -14,6 +14,7 @@ from pathlib import Path
 import streamlit as st
 
 from app import state
+from app.texts import _, marked
 from blipcore.hub import KNOWN_MODELS
 from indexer.errors import ModelError, PhotoblipError, UnreadablePhoto
 from indexer.images import EXTENSIONS
@@ -21,23 +22,16 @@ from indexer.library import ABILITIES
 
 log = logging.getLogger(__name__)
 HOME, IMAGE_TO_TEXT, LIBRARY = "views/home.py", "views/image_to_text.py", "views/library.py"
+BROWSE, EVALUATE = "views/browse.py", "views/evaluate.py"
 UPLOAD_TYPES = sorted(extension.removeprefix(".") for extension in EXTENSIONS)
 UPLOAD_MEGABYTES = 50
+CAN = {"ask": marked("answer questions"), "chat": marked("hold a conversation"), "ground": marked("point at things")}
 HERE = Path(__file__).parent
 STYLE, ICON = HERE / "style.css", HERE / "icon.svg"
 
 
 def style() -> None:
     st.html(STYLE)
-
-
-def menu() -> None:
-    """The way to the pages. Not Streamlit's own menu: its link to the page at hand keeps that page's query."""
-    with st.container(horizontal=True, vertical_alignment="center", key="menu"):
-        st.html('<div class="pb-brand">photoblip</div>', width="content")
-        st.page_link(HOME, label="Search", icon=":material/search:", query_params={})
-        st.page_link(IMAGE_TO_TEXT, label="Image to text", icon=":material/image_search:")
-        st.page_link(LIBRARY, label="Library", icon=":material/folder_open:")
 
 
 def plain(text: object) -> str:
@@ -49,7 +43,7 @@ def problem(error: Exception) -> None:
     """An error that the user can mend, as a sentence."""
     words = str(error)
     if isinstance(error, UnreadablePhoto):
-        words = f"this photo cannot be used: {words[:1].lower()}{words[1:]}"
+        words = _("this photo cannot be used: {why}").format(why=f"{words[:1].lower()}{words[1:]}")
     st.error(plain(words[:1].upper() + words[1:]), icon=":material/error:")
 
 
@@ -63,14 +57,17 @@ def errors_as_words() -> Iterator[None]:
     except Exception as error:
         log.exception("the page broke off")
         words = next(iter(str(error).splitlines()), "")
-        st.error(plain(f"Something went wrong ({type(error).__name__}: {words}): try again."), icon=":material/error:")
+        said = _("Something went wrong ({what}): try again.").format(what=f"{type(error).__name__}: {words}")
+        st.error(plain(said), icon=":material/error:")
 
 
 def no_model(*abilities: str) -> None:
     """That no model on this machine can do that, and the command that brings one."""
-    what, able = zip(*(ABILITIES[ability] for ability in abilities), strict=True)
+    able = [ABILITIES[ability][1] for ability in abilities]
     ways = (f"`photoblip models download {name}` ({KNOWN_MODELS[name].gigabytes} GB)" for name in able)
-    st.caption(f"No model on this machine can {' or '.join(what)}: run {' or '.join(ways)} and reload the page.")
+    words = _("No model on this machine can {what}: run {command} and reload the page.")
+    either = _(" or ")
+    st.caption(words.format(what=either.join(_(CAN[ability]) for ability in abilities), command=either.join(ways)))
 
 
 def model_name(name_or_folder: str) -> str:
@@ -80,8 +77,9 @@ def model_name(name_or_folder: str) -> str:
 def empty_library() -> None:
     """Leads from a library without photos to the page that adds some."""
     with st.container(key="empty", horizontal_alignment="center"):
-        st.html("<h2>No photos yet</h2><p>Add a folder, and its photos can be found by what they show.</p>")
-        st.page_link(LIBRARY, label="Add photos", icon=":material/create_new_folder:")
+        heading, words = _("No photos yet"), _("Add a folder, and its photos can be found by what they show.")
+        st.html(f"<h2>{heading}</h2><p>{words}</p>")
+        st.page_link(LIBRARY, label=_("Add photos"), icon=":material/create_new_folder:")
 
 
 # -- photos -------------------------------------------------------------------------------------------------
@@ -106,11 +104,14 @@ class Tile:
 def result_tile(hit) -> Tile:
     """A search result, with its match probability, or its cosine where it was not re-ranked."""
     label = hit.caption or Path(hit.path).name
-    answer = "" if hit.question is None else hit.answer or "(no answer)"
+    answer = "" if hit.question is None else hit.answer or _("(no answer)")
+    if hit.probability is None and hit.itc is None:  # found by a filter alone
+        return Tile(hit.photo_id, label, answer=answer)
     if hit.probability is None:
-        meaning = "cosine similarity; not read by the matching model"
+        meaning = _("cosine similarity; not read by the matching model")
         return Tile(hit.photo_id, label, f"cos {hit.itc:.2f}", meaning, answer)
-    return Tile(hit.photo_id, label, f"{hit.probability:.0%}", f"match probability; cosine {hit.itc:.2f}", answer)
+    meaning = _("match probability; cosine {cosine:.2f}").format(cosine=hit.itc or 0)
+    return Tile(hit.photo_id, label, f"{hit.probability:.0%}", meaning, answer)
 
 
 def photo_tile(photo: Mapping) -> Tile:
@@ -119,24 +120,54 @@ def photo_tile(photo: Mapping) -> Tile:
 
 
 def file_name(photo: Mapping) -> str:
-    return Path(photo["path"]).name if photo["path"] else f"photo {photo['id']}"
+    return Path(photo["path"]).name if photo["path"] else _("photo {number}").format(number=photo["id"])
 
 
-def photo_grid(tiles: Iterable[Tile], key: str) -> None:
+def photo_grid(
+    tiles: Iterable[Tile],
+    key: str,
+    *,
+    query: Mapping[str, str] | None = None,
+    why: Callable[[int], None] | None = None,
+) -> None:
     """Thumbnails in as many columns as fit; each opens its photo, and leads to photos like it.
 
     Args:
         key: unlike that of any other grid on the page.
+        query: the address of the search that the photos come from, by default the one at hand: the photo page leads
+            back to it, and to its other photos.
+        why: what to do for "Why", with the photo's id; None leaves it out.
     """
-    with st.container(key=f"grid-{key}"):
+    query = st.query_params.to_dict() if query is None else dict(query)
+    with st.container(key=f"size-{st.session_state.get('size', 'M')}-{key}"), st.container(key=f"grid-{key}"):
         for tile in tiles:
-            with st.container(key=f"tile-{key}-{tile.photo_id}", gap="xsmall"):
+            photo = str(tile.photo_id)
+            with st.container(key=f"tile-{key}-{photo}", gap="xxsmall"):
                 thumbnail(tile.photo_id, tile.label)
-                st.html(_tile_words(tile))
-                with st.container(horizontal=True, gap="small", key=f"links-{key}-{tile.photo_id}"):
-                    photo = str(tile.photo_id)  # beside the search at hand, which the photo page leads back to
-                    st.page_link(HOME, label="Open", query_params={**st.query_params, "photo": photo})
-                    st.page_link(HOME, label="Similar", query_params={"similar": photo})
+                with st.container(horizontal=True, gap=None, key=f"links-{key}-{photo}"):
+                    st.page_link(HOME, label=plain(tile.label), query_params={**query, "photo": photo})
+                    if tile.note:
+                        st.html(badge(tile.note, tile.meaning), width="content")
+                    st.page_link(HOME, label=_("Similar"), query_params={"similar": photo})
+                    if why:
+                        name = f"why-{key}-{photo}"
+                        st.button(_("Why"), key=name, type="tertiary", on_click=why, args=[tile.photo_id])
+                if tile.answer:
+                    answer = escape(tile.answer)
+                    st.html(f'<div class="pb-answer" title="{answer}">{answer}</div>')
+
+
+def grid_size() -> None:
+    """The choice of how large the photos of all grids are drawn."""
+    st.segmented_control(
+        _("Size of the photos"),
+        ["S", "M", "L"],
+        default="M",
+        key="size",
+        required=True,
+        label_visibility="collapsed",
+        persist_state="session",
+    )
 
 
 def example(words: str, draw: Callable[[], None], more: Callable[[], None] | None = None) -> None:
@@ -166,13 +197,6 @@ def badge(text: str, meaning: str = "") -> str:
     return f'<span class="pb-badge" title="{escape(meaning)}">{escape(text)}</span>' if text else ""
 
 
-def _tile_words(tile: Tile) -> str:
-    name = f'<span class="pb-label" title="{escape(tile.label)}">{escape(tile.label)}</span>'
-    words = f'<div class="pb-tile">{name}{badge(tile.note, tile.meaning)}</div>'
-    answer = escape(tile.answer)
-    return words + (f'<div class="pb-answer" title="{answer}">{answer}</div>' if answer else "")
-
-
 # -- facts --------------------------------------------------------------------------------------------------
 
 
@@ -183,13 +207,12 @@ def photo_facts(photo: Mapping) -> dict[str, str]:
     if position and photo["altitude"] is not None:
         position += f", {photo['altitude']:.0f} m"
     facts = {
-        "Taken": photo["taken_at"] and f"{photo['taken_at']:%Y-%m-%d %H:%M}",
-        "Size": f"{photo['width']} x {photo['height']}",
-        "Camera": camera,
-        "Lens": photo["lens"],
-        "GPS": position,
-        "Format": f"{photo['format']}, {size_words(photo['bytes'])}",
-        "File": "\n".join(photo["paths"]) or "missing from disk",
+        _("Taken"): photo["taken_at"] and f"{photo['taken_at']:%Y-%m-%d %H:%M}",
+        _("Size"): f"{photo['width']} x {photo['height']}",
+        _("Camera"): camera,
+        _("Lens"): photo["lens"],
+        _("GPS"): position,
+        _("Format"): f"{photo['format']}, {size_words(photo['bytes'])}",
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -202,7 +225,7 @@ def facts_table(facts: Mapping[str, object]) -> None:
 def text_list(rows: Sequence[tuple[str, str, str]]) -> None:
     """(text, badge, where it comes from) rows, one below the other."""
     items = "".join(
-        f'<li><span class="pb-text">{escape(text) or "(no words)"}</span>{badge(note)}'
+        f'<li><span class="pb-text">{escape(text) or escape(_("(no words)"))}</span>{badge(note)}'
         f'<span class="pb-origin">{escape(origin)}</span></li>'
         for text, note, origin in rows
     )

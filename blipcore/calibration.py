@@ -14,13 +14,14 @@ class Scoring:
     """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias).
 
     The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the
-    curve was fitted.
+    curve was fitted. `text_weight` is what all of a query's words beside a photo are worth, on the scale of log odds.
     """
 
     itc_weight: float = 1.0
     scale: float = 1.0
     bias: float = 0.0
     calibrated: bool = False
+    text_weight: float = 10.0
 
     def fused(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
         """ITM margins and ITC cosines of the same shape -> ranking scores."""
@@ -28,8 +29,15 @@ class Scoring:
 
     def probability(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
         """-> match probabilities in [0, 1], in the same order as the fused scores."""
+        return sigmoid(self.log_odds(margin, itc))
+
+    def log_odds(self, margin: np.ndarray, itc: np.ndarray, strength: np.ndarray = 0.0) -> np.ndarray:
+        """-> the log odds of a match; `strength` is how much of the words stands beside the photo, 0 to about 1.
+
+        Half of the words beside a photo say nothing of the rest, so they leave its probability as it is.
+        """
         score = self.fused(margin, itc) if self.calibrated else margin
-        return sigmoid(self.scale * score + self.bias)
+        return self.scale * score + self.bias + self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
 
     def as_dict(self) -> dict:
         return asdict(self)

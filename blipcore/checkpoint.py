@@ -7,6 +7,7 @@ named retrieval, captioning and vqa, as `photoblip models download` lays them ou
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,23 +17,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
-from transformers.models.blip.configuration_blip import BlipConfig
 
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
-from blipcore.models.blip import Blip, tie_lm_head
+from blipcore.models.blip import Blip
+from blipcore.models.config import BlipConfig
 from blipcore.models.nlvr import MAX_TOKENS, BlipNlvr
+from blipcore.models.text_tower import tie_lm_head
 from blipcore.models.vqa import BlipVqa
+from blipcore.models.weights import without_weights
 from blipcore.transforms import Normalizer, TextTokenizer
 
 if TYPE_CHECKING:
     from blipcore.models.blip2 import Blip2
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's own files
 NLVR = "BlipForNlvr"  # our own name: transformers has no such class
 BLIP2 = "Blip2ForImageTextRetrieval"
+HEADS = ("vision_proj", "text_proj", "vision_projection", "text_projection", "itm_head", "temp")
 
 # Opens a tied folder in plain transformers as a captioner:
 #     BlipForConditionalGeneration.from_pretrained(folder, key_mapping=CAPTIONING_KEY_MAPPING)
@@ -84,10 +86,13 @@ class LoadedModel:
         return self.captioner
 
 
-def load_folder(folder: Path, name: str | None = None) -> LoadedModel:
-    """Load a model folder on the CPU in float32. Raises ModelError naming what is missing or unreadable."""
+def load_folder(folder: Path, name: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a model folder on the CPU, the towers in `dtype` and the heads in float32.
+
+    Raises ModelError naming what is missing or unreadable.
+    """
     with _explaining(folder):
-        return _load_parts(Path(folder), name)
+        return _load_parts(Path(folder), name, dtype)
 
 
 @contextmanager
@@ -101,22 +106,21 @@ def _explaining(folder: Path):
         raise ModelError(f"the model in {folder} cannot be loaded ({error}): check or download its files") from error
 
 
-def _load_parts(folder: Path, name: str | None) -> LoadedModel:
+def _load_parts(folder: Path, name: str | None, dtype: torch.dtype) -> LoadedModel:
     parts = [part for part in ("retrieval", "captioning", "vqa") if (folder / part / "config.json").exists()]
     folders = [folder / part for part in parts] or [folder]
     loaded = LoadedModel(
         name=name or folder.name,
         fingerprint=fingerprint(folders),
         tokenizer=TextTokenizer(_need(folders[0], "tokenizer.json")),
-        normalize=_normalizer(folders[0]),
+        normalize=Normalizer.of_folder(folders[0]),
     )
-    with no_init_weights():  # drawing random weights that are overwritten takes a second
-        for part in folders:
-            _load_part(loaded, part)
+    for part in folders:
+        _load_part(loaded, part, dtype)
     return loaded
 
 
-def _load_part(loaded: LoadedModel, folder: Path) -> None:
+def _load_part(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     """Build the networks one folder describes, by the architecture its config names."""
     extras = _read_json(folder / EXTRAS)
     loaded.prompt = extras.get("caption_prompt", loaded.prompt)
@@ -127,27 +131,37 @@ def _load_part(loaded: LoadedModel, folder: Path) -> None:
         return
     config = read_config(folder)
     architecture = (config.architectures or ["BlipForImageTextRetrieval"])[0]
-    state = read_weights(folder)
+    state = read_weights(folder, dtype)
     if architecture == "BlipForQuestionAnswering":
-        loaded.vqa = _fill(BlipVqa(config), state, folder)
+        loaded.vqa = _filled(lambda: BlipVqa(config), state, folder)
     elif architecture == "BlipForConditionalGeneration":
-        loaded.captioner = _fill(Blip(config, retrieval=False), state, folder)
+        loaded.captioner = _filled(lambda: Blip(config, retrieval=False), state, folder)
         loaded.prompt = extras.get("caption_prompt", "a picture of ")
     elif architecture == "BlipForImageTextRetrieval":
         tied = any(key.startswith("text_decoder.") for key in state)
-        loaded.retrieval = _fill(Blip(config, captioning=tied), state, folder)
+        loaded.retrieval = _filled(lambda: Blip(config, captioning=tied), state, folder)
         loaded.captioner = loaded.retrieval if tied else loaded.captioner
     else:
         raise ModelError(f"{folder} holds a {architecture}, which is not a BLIP that photoblip can run")
 
 
-def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> nn.Module:
+def _filled(make: Callable[[], nn.Module], state: dict[str, Tensor], folder: Path) -> nn.Module:
+    """A model of these very tensors: no random weights are drawn for it first, and nothing is copied."""
+    with without_weights():
+        model = make()
+    if "temp" not in state and hasattr(model, "temp"):
+        state["temp"] = torch.tensor(0.07)  # what training starts from; the hub's files lack it
+    return _fill(model, state, folder, assign=True)
+
+
+def _fill(model: nn.Module, state: dict[str, Tensor], folder: Path, assign: bool = False) -> nn.Module:
     """Copy the weights in, and insist that every weight the model needs was there."""
     if hasattr(model, "text_decoder"):
-        tie_lm_head(model.text_decoder)
         _name_head_bias(state)
-    missing, _ = model.load_state_dict(state, strict=False)
     optional = {"temp", *_shared_names(model)}
+    missing, _ = model.load_state_dict(state, strict=False, assign=assign)
+    if hasattr(model, "text_decoder"):
+        tie_lm_head(model.text_decoder)
     missing = [key for key in missing if key not in optional and not key.endswith("position_ids")]
     if missing:
         raise ModelError(
@@ -174,15 +188,31 @@ def _shared_names(model: nn.Module) -> set[str]:
 
 
 def read_config(folder: Path) -> BlipConfig:
-    """config.json as transformers' BlipConfig."""
+    """config.json of a BLIP."""
     values = json.loads(_need(folder, "config.json").read_text(encoding="utf-8"))
     if values.get("model_type") != "blip":
         raise ModelError(f"{folder} holds a model of type {values.get('model_type')!r}, not a BLIP")
     return BlipConfig.from_dict(values)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of the folder's safetensors files, as float32. Pickled weights are never read."""
+def is_head(name: str) -> bool:
+    """Whether a weight belongs to a small head, which decides scores: always in float32."""
+    return name.startswith(HEADS)
+
+
+def in_float32(name: str) -> bool:
+    """Whether a weight decides much and costs nothing: a head, or the vision tower's embeddings and norms.
+
+    With these two exact, what the tower's blocks add up is (`VisionTower.dtype`).
+    """
+    return is_head(name) or (name.startswith("vision_model.") and ("embeddings." in name or "norm" in name))
+
+
+def read_weights(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """All tensors of the folder's safetensors files, as `dtype`, those that `in_float32` names as float32.
+
+    They are mapped into memory, and copied only where the file holds another type. Pickled weights are never read.
+    """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} has no safetensors weights, and photoblip loads nothing else")
@@ -193,13 +223,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 state |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
         except Exception as error:
             raise ModelError(f"{file} is damaged ({error}): download or build the model again") from error
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: value.to(torch.float32 if in_float32(key) else dtype) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
 
 
 def fingerprint(folders: list[Path]) -> str:
-    """What tells two models apart: a hash of the weights files' sizes, first and last MiB."""
+    """What tells two models apart: `files_fingerprint` of their weights."""
+    return files_fingerprint(file for folder in folders for file in folder.glob("*.safetensors"))
+
+
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """A hash of files' sizes, first and last MiB."""
     digest = hashlib.sha256()
-    for file in sorted(file for folder in folders for file in folder.glob("*.safetensors")):
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(str(size).encode())
         with file.open("rb") as data:
@@ -261,12 +299,13 @@ def is_nlvr(folder: Path) -> bool:
 def load_nlvr(folder: Path) -> LoadedNlvr:
     """Load a folder that `save_nlvr` wrote, on the CPU in float32. Raises ModelError as `load_folder`."""
     folder = Path(folder)
-    with _explaining(folder), no_init_weights():
+    with _explaining(folder):
         config = read_config(folder)
         if not is_nlvr(folder):
             raise ModelError(f"{folder} holds no model of two pictures: train one with `photoblip train finetune_nlvr`")
-        model = _fill(BlipNlvr(config), read_weights(folder), folder)
-        return LoadedNlvr(model, TextTokenizer(_need(folder, "tokenizer.json"), MAX_TOKENS), _normalizer(folder))
+        model = _filled(lambda: BlipNlvr(config), read_weights(folder), folder)
+        tokenizer = TextTokenizer(_need(folder, "tokenizer.json"), MAX_TOKENS)
+        return LoadedNlvr(model, tokenizer, Normalizer.of_folder(folder))
 
 
 class LoadedBlip2(NamedTuple):
@@ -291,12 +330,15 @@ def load_blip2(folder: Path) -> LoadedBlip2:
     It has the head that writes where the folder has it; the hub's have none. Raises ModelError as `load_folder`.
     """
     folder = Path(folder)
-    with _explaining(folder), no_init_weights():
-        return LoadedBlip2(_read_blip2(folder), TextTokenizer(_need(folder, "tokenizer.json")), _normalizer(folder))
+    with _explaining(folder):
+        tokenizer = TextTokenizer(_need(folder, "tokenizer.json"))
+        return LoadedBlip2(_read_blip2(folder), tokenizer, Normalizer.of_folder(folder))
 
 
 def _read_blip2(folder: Path) -> "Blip2":
-    from blipcore.models.blip2 import Blip2, Blip2Config  # a tenth of a second that BLIP does without
+    from transformers.initialization import no_init_weights  # seconds that BLIP does without
+
+    from blipcore.models.blip2 import Blip2, Blip2Config
 
     values = json.loads(_need(folder, "config.json").read_text(encoding="utf-8"))
     kind = (values.get("architectures") or [values.get("model_type")])[0]
@@ -307,7 +349,9 @@ def _read_blip2(folder: Path) -> "Blip2":
     config = Blip2Config.from_dict(values | {"image_token_index": None})  # with it transformers drops 32 words
     state = read_weights(folder)
     captioning = any(key.startswith("cls.") for key in state)
-    return _fill(Blip2(config, captioning=captioning), state, folder)
+    with no_init_weights():  # drawing random weights that are overwritten takes a second
+        model = Blip2(config, captioning=captioning)
+    return _fill(model, state, folder)
 
 
 def _write_folder(model: nn.Module, folder: Path, tokenizer: TextTokenizer, architecture: str, *, mean, std) -> Path:
@@ -351,11 +395,6 @@ def _preprocessor(config: BlipConfig, mean, std) -> dict:
         "image_std": list(std),
         "do_convert_rgb": True,
     }
-
-
-def _normalizer(folder: Path) -> Normalizer:
-    values = _read_json(folder / "preprocessor_config.json")
-    return Normalizer(values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD))
 
 
 def _need(folder: Path, name: str) -> Path:

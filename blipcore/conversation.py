@@ -14,8 +14,8 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 from blipcore.errors import ModelError
 from blipcore.grounding import Box, parse_boxes
 from blipcore.models.templates import TEMPLATES, Turn, single
-from blipcore.models.vlm import IGNORE
 from blipcore.models.vlm_reader import Example
+from blipcore.transforms import IGNORE
 from blipcore.vlm_checkpoint import LoadedVlm
 
 STREAM_SECONDS = 600.0  # without a new token in so long, a model is taken to hang
@@ -126,7 +126,7 @@ class Talker:
         """Log-likelihood of each answer, all its tokens together, given its picture and prompt."""
         pairs = zip(images, prompts, answers, strict=True)
         examples = [Example(single(prompt, answer), [image]) for image, prompt, answer in pairs]
-        batch = {k: v.to(self.model.device) for k, v in self.reader(examples, self.system.template).items()}
+        batch = self._batch(examples, self.system.template, answering=False)
         with self._turn:
             logits = self.model(**batch).logits
         return sequence_likelihood(logits, batch["labels"], self.reader.two_sided).tolist()
@@ -140,8 +140,8 @@ class Talker:
             scores += self.likelihood([image] * len(part), [question] * len(part), part)
         return answers[max(range(len(answers)), key=scores.__getitem__)]
 
-    def _batch(self, examples: Sequence[Example], template: str) -> dict[str, Tensor]:
-        batch = self.reader(examples, template, answering=True)
+    def _batch(self, examples: Sequence[Example], template: str, *, answering: bool = True) -> dict[str, Tensor]:
+        batch = self.reader(examples, template, answering=answering)
         dtype = self.model.dtype
         return {
             name: value.to(self.model.device, dtype if name == "pixel_values" else None)

@@ -7,19 +7,30 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from blipcore.calibration import Scoring
-from blipcore.checkpoint import LoadedModel, fingerprint, load_folder
+from blipcore.checkpoint import LoadedModel, fingerprint, in_float32, is_head, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
-from blipcore.hub import canonical_name, find_model, holds_vlm
+from blipcore.hub import canonical_name, find_model, holds_vlm, models_folder
 from blipcore.matcher import match_logits, match_pairs
-from blipcore.transforms import clean_caption, clean_question, squash
+from blipcore.models.blip import Blip
+from blipcore.models.packed import bfloat16_pays, pack_linears
+from blipcore.models.vision_tower import VisionTower
+from blipcore.open_clip_names import find_folder, is_open_clip
+from blipcore.open_clip_names import parse as parse_open_clip
+from blipcore.patches import Patches, pack, unpack
+from blipcore.transforms import clean_caption, clean_question, opened, squash
+
+if TYPE_CHECKING:
+    from blipcore.heat_map import HeatMap
+    from blipcore.open_clip_encoder import OpenClipEncoder
 
 __all__ = ["BlipEncoder", "Caption", "ModelError", "Scoring", "VlmEncoder", "load_encoder"]
 
@@ -35,7 +46,16 @@ class BlipEncoder:
         dim: the width E of its vectors.
         input_size: the side S of the square pixels [S, S, 3] it reads. scoring: how ITM and ITC become one.
         can_match, can_caption, can_ask: what it can do besides embedding.
+        multilingual: it reads more than English.
+        caption_styles: styles of decoding, each with the options that `caption` takes for it.
     """
+
+    multilingual = False
+    caption_styles: ClassVar = {
+        "short": {"max_length": 12},
+        "detailed": {"min_length": 16, "max_length": 40},
+        "sampled": {"sample": True},
+    }
 
     def __init__(self, model: LoadedModel, device: str | None = None, precision: str = "auto"):
         self._model = model
@@ -48,9 +68,12 @@ class BlipEncoder:
         config = next(m for m in (model.retrieval, model.captioner, model.vqa) if m is not None).config
         self.input_size, self.dim = config.vision_config.image_size, config.image_text_hidden_size
         self._dtype = choose_precision(precision, self.device)
-        for network in (model.retrieval, model.captioner, model.vqa):
-            if network is not None:
-                _to_precision(network, self._dtype, self.device)
+        parts = {"retrieval": model.retrieval, "captioner": model.captioner, "vqa": model.vqa}
+        networks = {part: network for part, network in parts.items() if network is not None}
+        self._parameters = {part: sum(p.numel() for p in each.parameters()) for part, each in networks.items()}
+        for network in networks.values():
+            _to_precision(network, self._dtype, self.device)
+            pack_linears(network)
 
     # -- vectors --------------------------------------------------------------------------------------------
 
@@ -62,9 +85,14 @@ class BlipEncoder:
         """uint8 [B, S, S, 3] -> the vision tower's tokens [B, N, D], what matching and heat maps read."""
         return self._tokens(self._model.need_retrieval(), pixels)
 
-    def separate_tokens(self, pixels: np.ndarray) -> list[Tensor]:
-        """As `image_tokens`, one [N, D] a photo: kept alone, a row of a batch would hold the batch in memory."""
-        return [row.clone() for row in self.image_tokens(pixels)]
+    def pack_tokens(self, tokens: Tensor, form: str = "int8") -> list[bytes]:
+        """Image tokens [B, N, D] -> a record an image, to be kept for matching (forms: `blipcore.patches.FORMS`)."""
+        whole = form.partition("-")[0]  # the Q-Former does not know that a token may stand for several patches
+        return pack(tokens, form if isinstance(self._model.need_retrieval(), Blip) else whole)
+
+    def unpack_tokens(self, records: Sequence[bytes]) -> Patches:
+        """What `match_tokens` reads, from records of one form. Raises ValueError for others."""
+        return unpack(records, self._dtype)
 
     def embed_tokens(self, tokens: Tensor) -> np.ndarray:
         """Tokens [B, N, D] -> unit vectors float32 [B, E]; [B, 32, E] of BLIP-2, the nearest of which counts."""
@@ -100,30 +128,54 @@ class BlipEncoder:
         return self.match_tokens(self.image_tokens(self.pixels(images)), texts, pairs)
 
     def match_tokens(
-        self, tokens: Tensor | Sequence[Tensor], texts: Sequence[str], pairs: np.ndarray, *, logits: bool = False
+        self, tokens: Tensor | Patches, texts: Sequence[str], pairs: np.ndarray, *, logits: bool = False
     ) -> np.ndarray:
         """ITM margins float32 [P] for int pairs [P, 2] of (row of tokens [I, N, D], index of a text).
 
         With `logits`, float32 [P, 2]: (mismatch, match), whose difference the margin is.
         """
-        tokens = tokens if isinstance(tokens, Tensor) else torch.stack(list(tokens))
         ids, mask = self._tokenize(texts)
         with torch.inference_mode():
             match = match_logits if logits else match_pairs
             return match(self._model.need_retrieval(), tokens, ids, mask, np.asarray(pairs))
 
+    def explain(self, image: Picture, text: str, words: Sequence[str] | None = None) -> "list[HeatMap]":
+        """Where a picture shows the words of a text, by what ITM reads: see `blipcore.explain`.
+
+        Args:
+            words: words or phrases, by default every word; those that are not in the text are read by themselves.
+        """
+        if not self.can_match:
+            raise ModelError(f"{self.name} cannot explain a match: use blip-mini, or download blip-base")
+        from blipcore.explain import explain
+
+        model = self._model
+        return explain(model.need_retrieval(), model.tokenizer, self.image_tokens(self.pixels([image])), text, words)
+
+    @property
+    def temperature(self) -> float:
+        """What ITC's cosines were divided by in training."""
+        return float(self._model.need_retrieval().temp)
+
     # -- language -------------------------------------------------------------------------------------------
 
+    def word_pieces(self, text: str) -> list[tuple[str, list[str]]]:
+        """The words of a text, each with the pieces of the vocabulary that it is made of."""
+        return [(each.word, each.pieces) for each in self._model.tokenizer.word_pieces(text)]
+
     def caption(
-        self, images: Sequence[Picture], candidates: int = 3, judge: "BlipEncoder | None" = None, beams: int = 3
+        self, images: Sequence[Picture], candidates: int = 3, judge: "BlipEncoder | None" = None, beams: int = 3, **how
     ) -> list[Caption]:
         """One caption a picture: of several beams, the one the matching model believes most, with its score.
 
-        `judge` is the model that believes, where this one cannot match.
+        Args:
+            judge: the model that believes, where this one cannot match.
+            how: min_length, max_length, sample, as `blipcore.generate.caption_candidates` takes them.
         """
         if not len(images):
             return []
-        written = self.caption_pixels(self.pixels(images), candidates if self.can_match or not judge else 1, beams)
+        count = candidates if self.can_match or not judge else 1
+        written = self.caption_pixels(self.pixels(images), count, beams, **how)
         if self.can_match or judge is None:
             return written
         return judge.judged(images, [[caption.text] for caption in written])
@@ -132,7 +184,7 @@ class BlipEncoder:
         """Of each picture's texts the one that the matching model believes most, with its probability."""
         return self._pick_captions(self.image_tokens(self.pixels(images)), [list(group) for group in texts])
 
-    def caption_pixels(self, pixels: np.ndarray, candidates: int = 3, beams: int = 3) -> list[Caption]:
+    def caption_pixels(self, pixels: np.ndarray, candidates: int = 3, beams: int = 3, **how) -> list[Caption]:
         """As `caption`, from uint8 [B, S, S, 3]; `beams` are kept while searching, never fewer than candidates."""
         model = self._model
         captioner = model.need_captioner()
@@ -145,6 +197,7 @@ class BlipEncoder:
                 prompt=model.prompt,
                 beams=beams,
                 candidates=candidates,
+                **how,
             )
         if model.retrieval is None:
             return [Caption(texts[0], None) for texts in found]
@@ -175,12 +228,12 @@ class BlipEncoder:
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images need as many questions, not {len(questions)}")
         ids, mask = self._tokenize(questions, clean_question)
-        pixels = self._model.normalize(self.pixels(images)).to(self.device, self._dtype)
+        pixels = self._normalized(self._model.vqa, self.pixels(images))
         with torch.inference_mode():
             if answers is not None:
                 return self._rank_answers(pixels, ids, mask, list(answers))
             written = self._model.vqa.answer(pixels, ids, mask)
-        return [self._model.tokenizer.decode(row[1:].tolist()) for row in written]
+        return [self._model.tokenizer.decode(ids) for ids in written]
 
     def _rank_answers(self, pixels: Tensor, ids: Tensor, mask: Tensor, answers: list[str]) -> list[str]:
         if not answers:
@@ -198,17 +251,11 @@ class BlipEncoder:
 
     def info(self) -> dict:
         """What the model is, for people."""
-        networks = {
-            part: network
-            for part in ("retrieval", "captioner", "vqa")
-            if (network := getattr(self._model, part)) is not None
-        }
-        counts = {part: sum(p.numel() for p in network.parameters()) for part, network in networks.items()}
         abilities = [name for name in ("match", "caption", "ask") if getattr(self, f"can_{name}")]
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
-            "parameters": counts,
+            "parameters": self._parameters,
             "input_size": self.input_size,
             "dim": self.dim,
             "abilities": abilities,
@@ -219,9 +266,14 @@ class BlipEncoder:
 
     # -- parts ----------------------------------------------------------------------------------------------
 
+    def _normalized(self, network, pixels: np.ndarray) -> Tensor:
+        """uint8 [B, S, S, 3] -> [B, 3, S, S], as the network's patch embedding reads them."""
+        reads = network.vision_model.embeddings.patch_embedding.weight.dtype
+        return self._model.normalize(pixels).to(self.device, reads)
+
     def _tokens(self, network, pixels: np.ndarray) -> Tensor:
         with torch.inference_mode():
-            return network.encode_images(self._model.normalize(pixels).to(self.device, self._dtype))
+            return network.encode_images(self._normalized(network, pixels))
 
     def _tokenize(self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption) -> tuple[Tensor, Tensor]:
         ids, mask = self._model.tokenizer(texts, clean)
@@ -251,7 +303,7 @@ class VlmEncoder:
         """
         if not len(images):
             return []
-        texts = self._talker.caption([_opened(image) for image in images], candidates if judge else 1, beams)
+        texts = self._talker.caption([opened(image) for image in images], candidates if judge else 1, beams)
         return judge.judged(images, texts) if judge else [Caption(group[0], None) for group in texts]
 
     def ask(
@@ -260,15 +312,15 @@ class VlmEncoder:
         """One short answer a (picture, question) pair: in the model's own words, or the likeliest of `answers`."""
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images need as many questions, not {len(questions)}")
-        return self._talker.ask([_opened(image) for image in images], questions, answers)
+        return self._talker.ask([opened(image) for image in images], questions, answers)
 
     def chat(self, images: Sequence[Picture], turns: Sequence[dict], **options) -> Iterator[str]:
         """The next words of a conversation about pictures, as they are written; see Talker.chat."""
-        return self._talker.chat([_opened(image) for image in images], turns, **options)
+        return self._talker.chat([opened(image) for image in images], turns, **options)
 
     def ground(self, image: Picture, phrase: str) -> list:
         """Boxes (blipcore.grounding.Box) around what the phrase names."""
-        return self._talker.ground(_opened(image), phrase)
+        return self._talker.ground(opened(image), phrase)
 
     def info(self) -> dict:
         """What the model is, for people."""
@@ -288,7 +340,7 @@ class VlmEncoder:
         raise ModelError(f"{self.name} cannot search: use blip-mini, or download blip-base")
 
     embed_images = embed_texts = embed_pixels = embed_tokens = _cannot_search
-    pixels = image_tokens = separate_tokens = match = match_tokens = judged = _cannot_search
+    pixels = image_tokens = pack_tokens = unpack_tokens = match = match_tokens = judged = explain = _cannot_search
 
 
 def load_encoder(
@@ -298,7 +350,7 @@ def load_encoder(
     precision: str = "auto",
     device_map: str | dict | None = None,
     quantize: int | None = None,
-) -> BlipEncoder | VlmEncoder:
+) -> "BlipEncoder | VlmEncoder | OpenClipEncoder":
     """A model by known name or from a folder, ready to run.
 
     Args:
@@ -310,20 +362,32 @@ def load_encoder(
     Raises:
         ModelError: unknown name, missing download, damaged or foreign folder; a model that does not fit in memory.
     """
+    if is_open_clip(name_or_folder):
+        return _load_open_clip(name_or_folder, device, precision)
     folder, name = find_model(name_or_folder), canonical_name(name_or_folder)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = choose_precision(precision, place)
     if not holds_vlm(folder):
-        return BlipEncoder(load_folder(folder, name), device, precision)
+        return BlipEncoder(load_folder(folder, name, dtype), device, precision)
     from blipcore.conversation import Talker
     from blipcore.vlm_checkpoint import load_vlm
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = choose_precision(precision, place)
     device_map = device_map or os.environ.get("PHOTOBLIP_DEVICE_MAP") or None
-    bits = str(quantize if quantize is not None else os.environ.get("PHOTOBLIP_QUANTIZE") or 0)
-    if bits not in {"0", "4", "8"}:
-        raise ModelError(f"weights are kept in 4 or 8 bits, not {bits}: mend PHOTOBLIP_QUANTIZE")
-    loaded = load_vlm(folder, dtype=dtype, device=place, device_map=device_map, quantize=int(bits))
+    bits = quantize if quantize is not None else os.environ.get("PHOTOBLIP_QUANTIZE") or 0
+    loaded = load_vlm(folder, dtype=dtype, device=place, device_map=device_map, quantize=bits)
     return VlmEncoder(Talker(loaded), name, fingerprint([folder]))
+
+
+def _load_open_clip(name: str, device: str | None, precision: str) -> "OpenClipEncoder":
+    """A model of open_clip's, and the BLIP behind it."""
+    from blipcore.models.open_clip import load_open_clip
+    from blipcore.open_clip_encoder import OpenClipEncoder
+
+    parsed = parse_open_clip(name)
+    place = find_folder(parsed, models_folder())
+    matcher = load_encoder(parsed.matcher, device=device, precision=precision)
+    towers = load_open_clip(place, parsed.architecture).to(matcher.device, choose_precision(precision, matcher.device))
+    return OpenClipEncoder(canonical_name(name), place, towers, matcher)
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -334,26 +398,16 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
         return torch.float32 if precision == "fp32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if bfloat16_pays() else torch.float32
 
 
 def _to_precision(network, dtype: torch.dtype, device: torch.device) -> None:
-    """Towers in `dtype`, the small heads in float32: they decide scores and cost nothing."""
-    network.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    for head in ("vision_proj", "text_proj", "vision_projection", "text_projection", "itm_head"):
-        if hasattr(network, head):
-            getattr(network, head).float()
-
-
-def _opened(image: Picture) -> Image.Image:
-    """A picture, upright."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return ImageOps.exif_transpose(image)
+    """Towers in `dtype`, heads in float32; on a CPU, where it costs nothing, also what BLIP's vision tower adds up."""
+    network.to(device).eval().requires_grad_(False)
+    exact = in_float32 if device.type == "cpu" and isinstance(network.vision_model, VisionTower) else is_head
+    for name, weight in network.named_parameters():
+        weight.data = weight.data.to(torch.float32 if exact(name) else dtype)
 
 
 def _to_pixels(image: Picture, size: int) -> np.ndarray:
-    return squash(_opened(image), size)
+    return squash(opened(image), size)

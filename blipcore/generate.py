@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from blipcore.models.blip import Blip
+from blipcore.models.generation import Limits, beam_search, nucleus_samples
 from blipcore.transforms import TextTokenizer
+
+IMAGES, GPU_IMAGES = 16, 64  # at once: each has up to 40 MB of keys and values, and more would not be faster
+NO_REPEAT = 3  # "a man with a hat on top of a hat on top of a hat" (LAVIS #713)
 
 
 class Caption(NamedTuple):
@@ -37,26 +41,17 @@ def caption_candidates(  # noqa: PLR0913 - generation settings, as every library
 
     With `sample`, nucleus sampling (top_p 0.9, repetition penalty 1.1) as CapFilt draws its captions.
     """
-    config = model.config.text_config
-    start = prompt_ids(tokenizer, prompt, config.bos_token_id).to(image_embeds.device)
-    options = {"num_beams": max(beams, candidates), "do_sample": False}
-    if sample:
-        options = {"num_beams": 1, "do_sample": True, "top_p": 0.9, "repetition_penalty": 1.1}
-    ids = model.text_decoder.generate(
-        input_ids=start.expand(len(image_embeds), -1),
-        attention_mask=torch.ones(len(image_embeds), start.shape[1], dtype=torch.long, device=start.device),
-        encoder_hidden_states=image_embeds.to(model.text_decoder.dtype),
-        eos_token_id=config.sep_token_id,
-        pad_token_id=config.pad_token_id,
-        max_length=max_length,
-        min_length=min(min_length, max_length),
-        no_repeat_ngram_size=3,  # "a man with a hat on top of a hat on top of a hat" (LAVIS #713)
-        num_return_sequences=candidates,
-        **options,
-    )
-    texts = [tidy(tokenizer.decode(row[start.shape[1] :].tolist())) for row in ids]
-    grouped = [texts[i : i + candidates] for i in range(0, len(texts), candidates)]
-    return [list(dict.fromkeys(group)) for group in grouped]
+    start = prompt_ids(tokenizer, prompt, model.dec_token_id)[0].to(image_embeds.device)
+    limits = Limits(max_length, min(min_length, max_length), NO_REPEAT)
+    found, at_once = [], GPU_IMAGES if image_embeds.is_cuda else IMAGES
+    for first in range(0, len(image_embeds), at_once):
+        sources = image_embeds[first : first + at_once].to(model.text_decoder.dtype)
+        if sample:
+            found += nucleus_samples(model.text_decoder, sources, start, limits, count=candidates)
+        else:
+            found += beam_search(model.text_decoder, sources, start, limits, beams=max(beams, candidates))
+    texts = [[tidy(tokenizer.decode(ids)) for ids in written[:candidates]] for written in found]
+    return [list(dict.fromkeys(group)) for group in texts]
 
 
 def prompt_ids(tokenizer: TextTokenizer, prompt: str, dec_token_id: int) -> Tensor:

@@ -7,11 +7,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_data_path
 
+from blipcore import open_clip_names
 from blipcore.errors import ModelError
 
 NEEDED = ("config.json", "tokenizer.json")
@@ -113,8 +115,33 @@ KNOWN_MODELS = {
 }
 
 
+# Of open_clip's several hundred models, three to begin with; `blipcore.open_clip_names` says how the others are called.
+OPEN_CLIP_MODELS = {
+    name: KnownModel(name, what, gigabytes, licence, {"": repository})
+    for name, repository, what, gigabytes, licence in (
+        ("open_clip:ViT-B-16-SigLIP2", "timm/ViT-B-16-SigLIP2", "search in many languages", 1.5, "Apache-2.0"),
+        (
+            "open_clip:ViT-SO400M-14-SigLIP2",
+            "timm/ViT-SO400M-14-SigLIP2",
+            "search in many languages",
+            4.5,
+            "Apache-2.0",
+        ),
+        (
+            "open_clip:ViT-B-32/laion2b_s34b_b79k",
+            "laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+            "search, fast; English",
+            0.6,
+            "MIT",
+        ),
+    )
+}
+
+
 def canonical_name(name_or_folder: str) -> str:
-    """The one name under which a library keeps a model: a known name, or a folder's whole path."""
+    """The one name under which a library keeps a model: a known name, open_clip's, or a folder's whole path."""
+    if name_or_folder.startswith(open_clip_names.PREFIX):
+        return str(open_clip_names.parse(name_or_folder))
     folder = Path(name_or_folder).expanduser()
     return str(folder.absolute()) if name_or_folder not in KNOWN_MODELS and folder.is_dir() else name_or_folder
 
@@ -160,6 +187,8 @@ def find_model(name_or_folder: str) -> Path:
             f"the model {known.name} is not on this machine ({known.gigabytes} GB): "
             f"run `photoblip models download {known.name}`"
         )
+    if open_clip_names.is_open_clip(name_or_folder):
+        raise ModelError(f"{name_or_folder} searches, and does nothing else: name a BLIP such as blip-mini for this")
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
         return folder
@@ -208,11 +237,16 @@ def _kind(folder: Path) -> frozenset[str]:
 def models_here(own: Path) -> dict[str, Path]:
     """The folders of all models on this machine by name: known ones, then a library's own, which lie in `own`."""
     known = {name: find_model(name) for name, model in KNOWN_MODELS.items() if is_downloaded(model)}
+    known |= open_clip_names.downloaded(models_folder())
     return known | {folder.name: folder for folder in sorted(own.glob("*/")) if own_name(folder.name, own)}
 
 
 def is_downloaded(known: KnownModel) -> bool:
     """Whether every part of the model is on this machine, whole."""
+    if known.name in OPEN_CLIP_MODELS:
+        parsed = open_clip_names.parse(known.name)
+        folders = (models_folder() / "open_clip" / parsed.architecture).glob(parsed.tag or "*")
+        return any(open_clip_names.is_whole(folder) for folder in folders)
     if known.bundled:
         return (BUNDLED / known.name / "config.json").exists()
     folder = models_folder() / known.name
@@ -239,6 +273,8 @@ def download(name: str, source: Path | None = None) -> Path:
     Only safetensors weights are taken. A part is fetched into a folder aside and renamed when it is whole, so
     that a broken download never looks like a model. -> the model's folder.
     """
+    if name.startswith(open_clip_names.PREFIX):
+        return _download_open_clip(name, source)
     known = KNOWN_MODELS.get(name)
     if known is None:
         raise ModelError(f"there is no downloadable model {name!r}: see `photoblip models list`")
@@ -260,8 +296,67 @@ def download(name: str, source: Path | None = None) -> Path:
     return folder if known.parts else BUNDLED / known.name
 
 
-def _fetch(repository: str, folder: Path, source: Path | None) -> None:
-    patterns = ["*.json", "*.txt", "*.safetensors"]
+def open_clip_source(name: str) -> tuple[Path, str, dict]:
+    """Where an open_clip model would lie, its repository on the hub, and open_clip's own configuration of it.
+
+    Raises ModelError for an architecture or weights that open_clip does not know, or that are not on the hub.
+    """
+    parsed = open_clip_names.parse(name)
+    if parsed.architecture is None or parsed.place is not None:
+        raise ModelError(f"{name} lies on this machine already: nothing is downloaded for it")
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(parsed.architecture)
+    tag = parsed.tag or (tags[0] if len(tags) == 1 else "")
+    if tag not in tags:
+        known = ", ".join(f"{open_clip_names.PREFIX}{parsed.architecture}/{each}" for each in tags)
+        raise ModelError(f"say which weights of {parsed.architecture}: {known or 'open_clip knows no such model'}")
+    values = open_clip.get_pretrained_cfg(parsed.architecture, tag)
+    repository = values.get("hf_hub", "").rpartition("/")[0]
+    if not repository:
+        raise ModelError(f"{name} is not published as safetensors on the hub: choose other weights of open_clip's list")
+    config = {"model_cfg": open_clip.get_model_config(parsed.architecture), "preprocess_cfg": values}
+    return models_folder() / "open_clip" / parsed.architecture / tag, repository, config
+
+
+def _download_open_clip(name: str, source: Path | None) -> Path:
+    whole, repository, config = open_clip_source(name)
+    if open_clip_names.is_whole(whole):
+        return whole
+    aside = whole.with_name(f".{whole.name}.part")
+    _fetch(repository, aside, source, ["*.json", "*.txt", "*.model", "open_clip*.safetensors"])
+    if not (aside / open_clip_names.CONFIG).exists():  # older repositories have weights alone
+        text = json.dumps({**config, "preprocess_cfg": _preprocessing(config["preprocess_cfg"])}, indent=2)
+        (aside / open_clip_names.CONFIG).write_text(text, encoding="utf-8")
+    _fetch_text_side(aside, source)
+    if not open_clip_names.is_whole(aside):
+        raise ModelError(f"{repository} has no safetensors weights, and photoblip loads nothing else: choose others")
+    aside.rename(whole)
+    return whole
+
+
+def _fetch_text_side(folder: Path, source: Path | None) -> None:
+    """What an open_clip model takes from other repositories: a tokenizer, and the shape of a text tower."""
+    text = open_clip_names.read_config(folder)["model_cfg"]["text_cfg"]
+    apart = folder / ".text"
+    if text.get("hf_tokenizer_name") and not (folder / "tokenizer_config.json").exists():
+        _fetch(text["hf_tokenizer_name"], apart, source, ["tokenizer*", "*.model", "special_tokens_map.json"])
+        for file in apart.glob("*.*"):
+            file.replace(folder / file.name)
+    if text.get("hf_model_name"):
+        _fetch(text["hf_model_name"], apart, source, ["config.json"])
+        (apart / "config.json").replace(folder / open_clip_names.TEXT_CONFIG)
+    shutil.rmtree(apart, ignore_errors=True)
+
+
+def _preprocessing(values: dict) -> dict:
+    """What open_clip's table says of pixels, without where the weights are."""
+    return {key: values[key] for key in ("mean", "std", "interpolation", "resize_mode") if values.get(key) is not None}
+
+
+def _fetch(
+    repository: str, folder: Path, source: Path | None, patterns: Sequence[str] = ("*.json", "*.txt", "*.safetensors")
+) -> None:
     if source is not None:
         origin = source / repository
         if not origin.is_dir():
@@ -276,7 +371,7 @@ def _fetch(repository: str, folder: Path, source: Path | None) -> None:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(repository, local_dir=folder, allow_patterns=patterns)
+        snapshot_download(repository, local_dir=folder, allow_patterns=list(patterns))
     except Exception as error:  # the hub library raises many kinds; the user needs one sentence
         raise ModelError(
             f"{repository} could not be downloaded ({type(error).__name__}): check the connection and run "

@@ -1,86 +1,125 @@
 """Image-text matching over many candidates: one text against many photos, one photo against many texts.
 
-Nothing is spent on padding (BLIP's evaluation pads every caption to 35), and an image that meets many texts has its
-keys and values projected once for all of them (models/text.py).
+Nothing is spent on padding (BLIP's evaluation pads every caption to 35). What pairs share is computed once: a text that
+meets many photos reads their tokens with its projections absorbed, a photo that meets many texts has its keys and
+values projected once for all of them (models/text.py). Both are exact; which costs less follows from the shapes.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blipcore.models.blip import Blip, starting_with
-from blipcore.models.blip2 import Blip2
-from blipcore.models.text import image_keys_values, text_states
+from blipcore.models.text import first_states, image_keys_values, text_states
+from blipcore.patches import Patches
+
+if TYPE_CHECKING:
+    from blipcore.models.blip2 import Blip2  # on transformers, which takes seconds to import
 
 CHUNK = 32  # pairs: larger chunks fall out of a core's cache
-MANY = 4  # texts an image, on average, from which it pays to go image by image
+GPU_CHUNK = 512
 
 
 @torch.no_grad()
 def match_logits(
-    model: Blip | Blip2, image_embeds: Tensor, ids: Tensor, mask: Tensor, pairs: np.ndarray, chunk: int = CHUNK
+    model: "Blip | Blip2",
+    images: Tensor | Patches,
+    ids: Tensor,
+    mask: Tensor,
+    pairs: np.ndarray,
+    chunk: int | None = None,
 ) -> np.ndarray:
     """ITM logits (mismatch, match), float32 [P, 2].
 
     Args:
-        image_embeds: [I, N, D]; ids, mask: [T, L] as tokenised.
+        images: image tokens [I, N, D], or with the number of patches each stands for.
+        ids, mask: [T, L] as tokenised.
         pairs: int [P, 2], (image index, text index) each.
+        chunk: pairs at once; by default what suits the device.
     """
+    patches = images if isinstance(images, Patches) else Patches(images)
     lengths = mask.sum(1).cpu().numpy()
-    if isinstance(model, Blip2):
-        return _blip2_logits(model, image_embeds, ids, mask, pairs, lengths, chunk)
-    ids = starting_with(model.enc_token_id, ids)
+    chunk = chunk or (GPU_CHUNK if ids.device.type == "cuda" else CHUNK)
     logits = np.empty((len(pairs), 2), np.float32)
-    many = len(pairs) >= MANY * max(1, len(np.unique(pairs[:, 0])))
-    group = _by_image if many else _by_length
-    for rows, images in group(pairs, lengths, chunk):
-        texts = torch.from_numpy(pairs[rows, 1]).to(ids.device)
+    if not isinstance(model, Blip):
+        # its queries read the text before they read the image, so each pair runs the whole Q-Former
+        parts, read = _by_text(pairs, lengths, chunk), _read_blip2
+    else:
+        ids = starting_with(model.enc_token_id, ids)
+        if patches.sizes is None and _pays_by_image(model, patches.features, lengths[pairs[:, 1]], pairs):
+            parts, read = _by_image(pairs, lengths, chunk), _read_image
+        else:
+            parts, read = _by_text(pairs, lengths, chunk), _read_images
+    for rows in parts:
         length = int(lengths[pairs[rows, 1]].max())
-        read = image_embeds[torch.from_numpy(images).to(image_embeds.device)].to(ids.device, model.text_encoder.dtype)
-        keys_values = image_keys_values(model.text_encoder, read)
-        states = text_states(model.text_encoder, ids[texts, :length], mask[texts, :length], keys_values)
-        logits[rows] = model.itm_head(states[:, 0].to(model.itm_head.weight.dtype)).float().cpu().numpy()
-    return logits
-
-
-def _blip2_logits(
-    model: Blip2, image_embeds: Tensor, ids: Tensor, mask: Tensor, pairs: np.ndarray, lengths: np.ndarray, chunk: int
-) -> np.ndarray:
-    """The queries read the text before they read the image, so each pair runs the whole Q-Former."""
-    logits = np.empty((len(pairs), 2), np.float32)
-    for rows, images in _by_length(pairs, lengths, chunk):
-        texts = torch.from_numpy(pairs[rows, 1]).to(ids.device)
-        length = int(lengths[pairs[rows, 1]].max())
-        read = image_embeds[torch.from_numpy(images).to(image_embeds.device)].to(ids.device, model.query_tokens.dtype)
-        logits[rows] = model.match(read, ids[texts, :length], mask[texts, :length]).float().cpu().numpy()
+        logits[rows] = read(model, patches, ids[:, :length], mask[:, :length], pairs[rows]).float().cpu().numpy()
     return logits
 
 
 def match_pairs(
-    model: Blip | Blip2, image_embeds: Tensor, ids: Tensor, mask: Tensor, pairs: np.ndarray, chunk: int = CHUNK
+    model: "Blip | Blip2",
+    images: Tensor | Patches,
+    ids: Tensor,
+    mask: Tensor,
+    pairs: np.ndarray,
+    chunk: int | None = None,
 ) -> np.ndarray:
     """As `match_logits`, the margins alone, float32 [P]: match minus mismatch; sigmoid gives ITM's probability."""
-    logits = match_logits(model, image_embeds, ids, mask, pairs, chunk)
+    logits = match_logits(model, images, ids, mask, pairs, chunk)
     return logits[:, 1] - logits[:, 0]
 
 
-def _by_length(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of pairs whose texts are equally long. -> (rows, the image of each)."""
-    of_pair = lengths[pairs[:, 1]]
-    for length in np.unique(of_pair):
-        rows = np.flatnonzero(of_pair == length)
-        for start in range(0, len(rows), chunk):
-            part = rows[start : start + chunk]
-            yield part, pairs[part, 0]
+def _read_images(model: Blip, patches: Patches, ids: Tensor, mask: Tensor, pairs: np.ndarray) -> Tensor:
+    """Pairs whose texts are equally long; a single text is read by the first layer once for all."""
+    texts = torch.from_numpy(pairs[:, 1]).to(ids.device)
+    texts = texts[:1] if (pairs[:, 1] == pairs[0, 1]).all() else texts
+    chosen = patches.take(pairs[:, 0], ids.device, model.text_encoder.dtype)
+    states = first_states(model.text_encoder, ids[texts], chosen.features, chosen.sizes)
+    return model.itm_head(states.to(model.itm_head.weight.dtype))
 
 
-def _by_image(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of one image's pairs, sorted by length so that padding is short. -> (rows, that image)."""
+def _read_image(model: Blip, patches: Patches, ids: Tensor, mask: Tensor, pairs: np.ndarray) -> Tensor:
+    """Pairs of a single image."""
+    texts = torch.from_numpy(pairs[:, 1]).to(ids.device)
+    image = patches.take(pairs[:1, 0], ids.device, model.text_encoder.dtype)
+    keys_values = image_keys_values(model.text_encoder, image.features)
+    states = text_states(model.text_encoder, ids[texts], mask[texts], keys_values)
+    return model.itm_head(states[:, 0].to(model.itm_head.weight.dtype))
+
+
+def _read_blip2(model: "Blip2", patches: Patches, ids: Tensor, mask: Tensor, pairs: np.ndarray) -> Tensor:
+    texts = torch.from_numpy(pairs[:, 1]).to(ids.device)
+    chosen = patches.take(pairs[:, 0], ids.device, model.query_tokens.dtype)
+    return model.match(chosen.features, ids[texts], mask[texts])
+
+
+def _pays_by_image(model: Blip, features: Tensor, lengths: np.ndarray, pairs: np.ndarray) -> bool:
+    """Whether keys and values of an image, shared by its texts, cost less than absorbed attention of each pair."""
+    (_, tokens, width), heads = features.shape, model.config.text_config.num_attention_heads
+    hidden, length = model.config.text_config.hidden_size, float(lengths.mean()) if len(lengths) else 0.0
+    texts = len(pairs) / max(1, len(np.unique(pairs[:, 0])))
+    projected = tokens * width * hidden / max(texts, 1) + length * tokens * hidden
+    absorbed = length * heads * tokens * width + length * hidden * width
+    return projected < absorbed
+
+
+def _by_text(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+    """Rows of pairs in chunks whose texts are equally long, the same texts together."""
+    order = np.lexsort((pairs[:, 1], lengths[pairs[:, 1]]))
+    yield from _chunks(order, lengths[pairs[order, 1]], chunk)
+
+
+def _by_image(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+    """Rows of pairs in chunks of one image, sorted by length so that padding is short."""
     order = np.lexsort((lengths[pairs[:, 1]], pairs[:, 0]))
-    starts = np.flatnonzero(np.diff(pairs[order, 0], prepend=-1))
-    for rows in np.split(order, starts[1:]):
+    yield from _chunks(order, pairs[order, 0], chunk)
+
+
+def _chunks(order: np.ndarray, keys: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+    """Runs of equal keys, at most `chunk` rows each."""
+    for rows in np.split(order, np.flatnonzero(np.diff(keys)) + 1):
         for start in range(0, len(rows), chunk):
-            part = rows[start : start + chunk]
-            yield part, pairs[part[:1], 0]
+            yield rows[start : start + chunk]

@@ -3,19 +3,24 @@
 salesforce/BLIP `data/utils.py` (pre_caption) and `data/__init__.py` (the transforms).
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
 MAX_WORDS = 50
+IGNORE = -100  # a label that is not learnt: PyTorch's own number for it
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s+")
+_WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
@@ -27,6 +32,15 @@ def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
 def clean_question(text: str, max_words: int = MAX_WORDS) -> str:
     """As `clean_caption`, but what is left out leaves no space (BLIP's pre_question)."""
     return " ".join(_PUNCTUATION.sub("", text.lower()).split()[:max_words])
+
+
+def opened(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
+    """A picture, an array [H, W, 3] or a file as a PIL image, upright."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return ImageOps.exif_transpose(image)
 
 
 def squash(image: Image.Image, size: int) -> np.ndarray:
@@ -46,10 +60,27 @@ class Normalizer:
         self.scale = scale.view(1, 3, 1, 1)
         self.shift = (torch.tensor(mean) * 255.0 / scale).view(1, 3, 1, 1)
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Normalizer":
+        """What a model folder's preprocessor_config.json says; CLIP's, as BLIP has it, where it says nothing."""
+        file = Path(folder) / "preprocessor_config.json"
+        values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return cls(values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD))
+
     def __call__(self, pixels: np.ndarray | Tensor) -> Tensor:
+        if isinstance(pixels, np.ndarray) and not pixels.flags.writeable:  # of a memory-mapped cache, say
+            pixels = pixels.astype(np.float32)  # the copy that is made below anyway: PyTorch warns of such an array
         pixels = torch.as_tensor(pixels)
         scale, shift = self.scale.to(pixels.device), self.shift.to(pixels.device)
         return pixels.permute(0, 3, 1, 2).float() / scale - shift
+
+
+class WordPieces(NamedTuple):
+    """A word of a text, where its pieces stand among the ids, and what they are."""
+
+    word: str
+    places: list[int]
+    pieces: list[str]
 
 
 class TextTokenizer:
@@ -70,6 +101,19 @@ class TextTokenizer:
         ids = torch.tensor([encoding.ids for encoding in encodings])
         mask = torch.tensor([encoding.attention_mask for encoding in encodings])
         return ids, mask
+
+    def word_pieces(self, text: str, clean: Callable[[str], str] = clean_caption) -> list[WordPieces]:
+        """The words of a text as the model reads them; what truncation cuts off is left out."""
+        cleaned = clean(text)
+        encoding = self._tokenizer.encode(cleaned)
+        read = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
+        words = []
+        for match in _WORD.finditer(cleaned):
+            spans = ((place, *encoding.offsets[place]) for place in read)
+            places = [place for place, start, end in spans if start < match.end() and end > match.start()]
+            if places:
+                words.append(WordPieces(match[0], places, [encoding.tokens[place] for place in places]))
+        return words
 
     def with_max_length(self, max_length: int) -> "TextTokenizer":
         """The same vocabulary, another truncation."""

@@ -25,8 +25,9 @@ from blipcore.models.qwen_vl import QwenVisionConfig, from_qwen_vl, resized_grid
 from blipcore.models.systems import SYSTEMS, System
 from blipcore.models.vlm import Vlm, VlmConfig
 from blipcore.models.vlm_reader import VlmReader
+from blipcore.models.weights import fold_biases, renamed
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, Normalizer
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TIED = 4  # a folder holds once what a model may name so many times: embeddings
 QFORMER_TOKENIZER = "qformer_tokenizer"
 QWEN_RANKS = "qwen.tiktoken"  # what Qwen-VL v1 has in place of a tokenizer.json
@@ -92,18 +93,13 @@ class LoadedVlm:
     system: System
 
 
-def is_vlm(folder: Path) -> bool:
-    """Whether a folder holds a system with a language model."""
-    return (Path(folder) / "config.json").exists() and _architecture(Path(folder)) in _READERS
-
-
 def load_vlm(
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     device_map: str | dict | None = None,
-    quantize: int = 0,
+    quantize: int | str = 0,
 ) -> LoadedVlm:
     """Load a system.
 
@@ -113,13 +109,16 @@ def load_vlm(
         quantize: 8 or 4 bits through bitsandbytes, on a GPU; 0 for none.
 
     Raises:
-        ModelError: a damaged or foreign folder.
+        ModelError: a damaged or foreign folder; a number of bits that there is not.
         NotEnoughMemory: said before anything is loaded, with what would fit.
     """
     folder = Path(folder)
     kind = _architecture(folder)
     if kind not in _READERS:
         raise ModelError(f"{folder} holds {kind or 'no model'}, which is not a system that photoblip can run")
+    if str(quantize) not in {"0", "4", "8"}:
+        raise ModelError(f"weights are kept in 4 or 8 bits, not {quantize}: mend PHOTOBLIP_QUANTIZE")
+    quantize = int(quantize)
     check_memory(folder, dtype, torch.device(device), quantize, spread=device_map is not None)
     options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     if device_map is not None:
@@ -178,11 +177,11 @@ def make_reader(
     config: VlmConfig | Qwen2VLConfig,
     tokenizer: PreTrainedTokenizerBase,
     qformer_tokenizer: PreTrainedTokenizerBase | None = None,
-    mean=CLIP_MEAN,
-    std=CLIP_STD,
+    normalize: Normalizer | None = None,
 ) -> VlmReader:
-    """A reader for a system that is being put together."""
-    return VlmReader(system, config, tokenizer, qformer_tokenizer=qformer_tokenizer, mean=mean, std=std)
+    """A reader for a system that is being put together; its pixels are CLIP's where nothing else is said."""
+    normalize = normalize or Normalizer(CLIP_MEAN, CLIP_STD)
+    return VlmReader(system, config, tokenizer, qformer_tokenizer=qformer_tokenizer, normalize=normalize)
 
 
 def marked_tokenizer(file: Path) -> PreTrainedTokenizerFast:
@@ -226,13 +225,10 @@ MARKS = (
 def from_lavis_eva(state: Mapping[str, Tensor], patches: int = 0) -> dict[str, Tensor]:
     """LAVIS's vision tower, and MiniGPT-4's: `visual_encoder.*` and `ln_vision.*` under our names; the rest is left.
 
-    Queries and values have biases of their own there and keys have none; ours has one bias, zero for the keys.
     `patches` along a side, where the pictures are of another size: the positions are interpolated.
     """
     state = {name: value for name, value in state.items() if name.startswith(("visual_encoder.", "ln_vision."))}
-    for name in [name for name in state if name.endswith(".q_bias")]:
-        query, value = state.pop(name), state.pop(name.replace(".q_bias", ".v_bias"))
-        state[name.replace(".q_bias", ".qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+    fold_biases(state)
     positions = "visual_encoder.pos_embed"
     if patches and positions in state:
         kept, grid = state[positions][0, :1], state[positions][0, 1:]
@@ -281,15 +277,6 @@ def merged_lora(state: Mapping[str, Tensor], base: Mapping[str, Tensor], alpha: 
         product = pair["B"].float() @ pair["A"].float()
         made[name] = (weight.float() + alpha / len(pair["A"]) * product.to(weight.device)).to(weight.dtype)
     return made
-
-
-def renamed(name: str, keys: Mapping[str, str]) -> str:
-    """A weight's name after the first of the patterns that fits; its own where none does."""
-    for pattern, ours in keys.items():
-        changed, count = re.subn(pattern, ours, name)
-        if count:
-            return changed
-    return name
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
@@ -348,8 +335,6 @@ def free_memory(device: torch.device) -> int:
 def _quantization(bits: int, dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
-    if bits not in {4, 8}:
-        raise ModelError(f"weights are kept in 4 or 8 bits, not {bits}")
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
@@ -526,7 +511,4 @@ def _reader(folder: Path, model: Vlm | Qwen2Vl, system: str) -> VlmReader:
         qformer = AutoTokenizer.from_pretrained(
             folder / QFORMER_TOKENIZER, local_files_only=True, trust_remote_code=False
         )
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
-    return make_reader(SYSTEMS[system], model.config, tokenizer, qformer, mean, std)
+    return make_reader(SYSTEMS[system], model.config, tokenizer, qformer, Normalizer.of_folder(folder))

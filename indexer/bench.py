@@ -22,7 +22,7 @@ def time_stages(library, rounds: int = 5) -> list[dict]:
     pixels = np.repeat(encoder.pixels([picture]), 32, axis=0)
     vectors = encoder.embed_texts(QUERIES)
     warm = Reranker(encoder, library.picture)
-    warm.tokens(ids.tolist())
+    warm.records(ids.tolist())
     stages = {
         "embed 32 photos": lambda i: encoder.embed_pixels(pixels),
         "embed a query": lambda i: encoder.embed_texts([QUERIES[i % len(QUERIES)]]),

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import psutil
 from sqlalchemy import (
     URL,
     ColumnElement,
@@ -33,10 +32,11 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from indexer.conditions import fulfils
 from indexer.errors import LibraryError
+from indexer.geography import km_between
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
 SURE_CAPTION = 0.3  # a generated caption that the matching model believes less is not shown beside a photo
-HEAD = "0002"  # the newest migration: opening a catalog at this revision skips Alembic
+HEAD = "0004"  # the newest migration: opening a catalog at this revision skips Alembic
 _own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
 
@@ -248,6 +248,8 @@ def job_lives(job: Mapping) -> bool:
     """Whether the process that started a job is still that process, and still at it."""
     if job["pid"] == os.getpid():
         return job["id"] in _own_jobs
+    import psutil
+
     try:
         born = psutil.Process(job["pid"]).create_time()
     except psutil.Error:
@@ -305,6 +307,7 @@ def _engine(file: Path) -> Engine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "cache_size=-32000"):
             connection.execute(f"PRAGMA {pragma}")
         connection.create_function("fulfils", 2, fulfils, deterministic=True)
+        connection.create_function("km_between", 4, km_between, deterministic=True)
 
     return engine
 

@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain, islice
 from multiprocessing import connection, context, resource_tracker, spawn
 from pathlib import Path
@@ -82,10 +84,12 @@ def decode_all(
 def _decode(
     path: str, input_size: int, thumbnails: str | Path | None, limits: Limits
 ) -> DecodedPhoto | UnreadablePhoto:
+    started = time.perf_counter()
     try:
-        return decode_photo(path, input_size=input_size, thumbnails=thumbnails, limits=limits)
+        photo = decode_photo(path, input_size=input_size, thumbnails=thumbnails, limits=limits)
     except UnreadablePhoto as problem:
         return problem
+    return replace(photo, seconds=time.perf_counter() - started)
 
 
 class _Workers:

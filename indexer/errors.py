@@ -34,7 +34,15 @@ class PhotoNotFound(PhotoblipError):
 
 
 class QueryError(PhotoblipError):
-    """A query or filter that cannot be understood."""
+    """A query or filter that cannot be understood.
+
+    Attributes:
+        position: of the trouble in the text as it was given, from 0; None where it lies in no text.
+    """
+
+    def __init__(self, message: str, position: int | None = None):
+        super().__init__(message)
+        self.position = position
 
 
 class UnreadablePhoto(PhotoblipError):

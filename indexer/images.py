@@ -32,9 +32,10 @@ from PIL import (
     TiffImagePlugin,
     WebPImagePlugin,
 )
-from pillow_heif import HeifImageFile
 
+from indexer import file_words
 from indexer.errors import LibraryError, UnreadablePhoto
+from indexer.file_words import clean_text
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
@@ -42,6 +43,11 @@ EXTENSIONS = frozenset(
 )
 THUMBNAIL_SIDE = 768
 THUMBNAIL_QUALITY = 88
+THUMBNAIL_MARGIN = 1.25  # libjpeg's scaled decode may come this near to the thumbnail's size
+_HASH_GRID = 32
+_FLAT = 2.0  # root mean square of the low frequencies, about half a grey level: below it noise decides the signs
+_COSINES = np.cos(np.pi / _HASH_GRID * np.outer(np.arange(8), np.arange(_HASH_GRID) + 0.5)) * np.sqrt(2 / _HASH_GRID)
+_COSINES[0] /= np.sqrt(2)  # rows 0 to 7 of the orthonormal DCT-II
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ class PhotoInfo:
     latitude: float | None = None
     longitude: float | None = None
     altitude: float | None = None  # metres, negative below the sea
+    title: str | None = None
+    rating: int | None = None  # 1 to 5
+    keywords: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)  # == over arrays has no single answer
@@ -82,6 +91,8 @@ class DecodedPhoto:
     bytes: int
     info: PhotoInfo
     pixels: np.ndarray  # uint8 [S, S, 3], RGB
+    phash: int | None = None  # see perceptual_hash; None where no thumbnail was made
+    seconds: float = 0.0  # what reading and decoding took
 
 
 # --- from a file to pixels ---------------------------------------------------------------------------------
@@ -102,7 +113,7 @@ def open_image(
     if not isinstance(source, Image.Image):
         data = source if isinstance(source, bytes) else _read(source, limits)
         with _guarded():
-            return _load(_identify(data, limits), limits, target)[0]
+            return _load(_identify(data, limits), limits, target and 2 * target)[0]
     with _guarded():
         _check_pixels(source.size, limits)
         source.load()
@@ -131,13 +142,31 @@ def decode_photo(
     content_hash = hashlib.sha256(data).hexdigest()
     with _guarded():
         image = _identify(data, limits)
-        target = max(input_size, min(_thumbnail_size(image.size)))
-        picture, info = _load(image, limits, target)
+        side = max(2 * input_size, int(THUMBNAIL_MARGIN * min(_thumbnail_size(image.size))))
+        picture, info = _load(image, limits, side)
         pixels = np.array(picture.resize((input_size, input_size), Image.Resampling.BICUBIC))
         thumbnail = thumbnails and picture.resize(_thumbnail_size(picture.size), Image.Resampling.BICUBIC)
-    if thumbnail:
-        _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
-    return DecodedPhoto(content_hash, len(data), info, pixels)
+    if not thumbnail:
+        return DecodedPhoto(content_hash, len(data), info, pixels)
+    _write_thumbnail(thumbnail, thumbnail_path(thumbnails, content_hash))
+    return DecodedPhoto(content_hash, len(data), info, pixels, perceptual_hash(thumbnail))
+
+
+def perceptual_hash(picture: Image.Image) -> int:
+    """64 bits that hardly change when a picture is resized, recompressed or brightened, as a signed integer.
+
+    The signs of the 8 x 8 lowest frequencies of the 32 x 32 grey picture about their median ("pHash": Zauner, 2010,
+    Implementation and benchmarking of perceptual image hash functions). The very lowest, the brightness, is no part
+    of the median. 0 for a picture with next to no structure, such as a wall or a black frame: it says nothing.
+    """
+    grey = picture.convert("L").resize((_HASH_GRID, _HASH_GRID), Image.Resampling.BOX)
+    low = _COSINES @ np.asarray(grey, np.float64) @ _COSINES.T
+    detail = low.ravel()[1:]
+    if np.sqrt((detail**2).mean()) < _FLAT:
+        return 0
+    bits = low.ravel() > np.median(detail)
+    bits[0] = False
+    return int.from_bytes(np.packbits(bits).tobytes(), "big", signed=True)
 
 
 def thumbnail_path(thumbnails: str | Path, content_hash: str) -> Path:
@@ -176,6 +205,12 @@ def _is_riff_webp(head: bytes) -> bool:
     return head.startswith(b"RIFF") and head[8:12] == b"WEBP"
 
 
+def _heif(file: io.BytesIO, name: str) -> ImageFile.ImageFile:
+    from pillow_heif import HeifImageFile  # most libraries have none
+
+    return HeifImageFile(file, name)
+
+
 # The plugins are called directly: Image.open would hold every file against the program-wide
 # Image.MAX_IMAGE_PIXELS, and would try formats (EPS, PDF, FITS...) that no photo library wants opened.
 _PLUGINS: tuple[tuple[Callable[[bytes], bool], Callable], ...] = (
@@ -186,7 +221,7 @@ _PLUGINS: tuple[tuple[Callable[[bytes], bool], Callable], ...] = (
     (lambda head: head.startswith((b"GIF87a", b"GIF89a")), GifImagePlugin.GifImageFile),
     (lambda head: head.startswith(b"BM") and head[14:18] in _BMP_HEADERS, BmpImagePlugin.BmpImageFile),
     (lambda head: head[4:8] == b"ftyp" and head[8:12] in _AVIF_BRANDS, AvifImagePlugin.AvifImageFile),
-    (lambda head: head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS, HeifImageFile),
+    (lambda head: head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS, _heif),
 )
 _CONTAINER_BRANDS = {b"mif1", b"msf1"}  # AVIF or HEIC inside: tried in this order
 _AVIF_BRANDS = {b"avif", b"avis"} | _CONTAINER_BRANDS
@@ -217,12 +252,12 @@ def _identify(data: bytes, limits: Limits) -> ImageFile.ImageFile:
     raise UnreadablePhoto("not-an-image", "The content is not an image of a known format.")
 
 
-def _load(image: ImageFile.ImageFile, limits: Limits, target: int | None) -> tuple[Image.Image, PhotoInfo]:
-    """Decode once -> (upright RGB picture, facts)."""
+def _load(image: ImageFile.ImageFile, limits: Limits, side: int | None) -> tuple[Image.Image, PhotoInfo]:
+    """Decode once -> (upright RGB picture, facts); of a JPEG, the smallest decode whose sides are `side` or more."""
     size = image.size
     is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
-    if target and is_jpeg:
-        image.draft(None, (2 * target, 2 * target))
+    if side and is_jpeg:
+        image.draft(None, (side, side))
     _check_memory(image, size, limits)
     if image.format == "TIFF":
         tags = _tags(image)  # after load() the file is closed, and the plugin has turned the picture itself
@@ -391,28 +426,33 @@ def _write_thumbnail(thumbnail: Image.Image, path: Path) -> None:
 
 # --- EXIF --------------------------------------------------------------------------------------------------
 
-_MAIN_TAGS = (0x010F, 0x0110, 0x0112, 0x0132)  # make, model, orientation, DateTime
+_MAIN_TAGS = (0x010F, 0x0110, 0x0112, 0x0132, *file_words.TAGS)  # make, model, orientation, DateTime; words
 
 
-def _photo_info(image_format: str, size: tuple[int, int], main: dict, exif: dict, gps: dict) -> PhotoInfo:
+def _photo_info(image_format: str, size: tuple[int, int], main: dict, exif: dict, gps: dict, xmp: object) -> PhotoInfo:
     latitude, longitude = _position(gps)
+    make, model = clean_text(main.get(0x010F)), clean_text(main.get(0x0110))
+    words = file_words.file_words(main, xmp, (make, model))
     return PhotoInfo(
         width=size[0],
         height=size[1],
         format="JPEG" if image_format == "MPO" else image_format,
         orientation=_one_to_eight(main.get(0x0112)),
         taken_at=_taken_at(exif.get(0x9003), exif.get(0x9004), main.get(0x0132)),
-        camera_make=_text(main.get(0x010F)),
-        camera_model=_text(main.get(0x0110)),
-        lens=_text(exif.get(0xA434)),
+        camera_make=make,
+        camera_model=model,
+        lens=clean_text(exif.get(0xA434)),
         latitude=latitude,
         longitude=longitude,
         altitude=_altitude(gps),
+        title=words.title,
+        rating=words.rating,
+        keywords=words.keywords,
     )
 
 
-def _tags(image: Image.Image) -> tuple[dict, dict, dict]:
-    """The main, EXIF and GPS directories; what cannot be parsed is left out."""
+def _tags(image: Image.Image) -> tuple[dict, dict, dict, object]:
+    """The main, EXIF and GPS directories and the XMP packet; what cannot be parsed is left out."""
     main, exif, gps = {}, {}, {}
     with suppress(Exception):  # struct.error, SyntaxError, ValueError...: EXIF is written by anybody
         tags = image.getexif()
@@ -425,18 +465,7 @@ def _tags(image: Image.Image) -> tuple[dict, dict, dict]:
             exif = dict(tags.get_ifd(0x8769))
         with suppress(Exception):
             gps = dict(tags.get_ifd(0x8825))
-    return main, exif, gps
-
-
-def _text(value: object) -> str | None:
-    if isinstance(value, bytes):
-        value = value.decode("latin-1")
-    if not isinstance(value, str):
-        return None
-    with suppress(UnicodeError):  # Pillow reads EXIF text as Latin-1, many cameras write UTF-8
-        value = value.encode("latin-1").decode("utf-8")
-    value = value.strip("\0 ").partition("\0")[0]  # as in C, what follows a NUL is left over from another text
-    return "".join(letter for letter in value if letter.isprintable()).strip()[:200] or None
+    return main, exif, gps, image.info.get("xmp")
 
 
 _DATE = re.compile(r"(\d{4})[:/.-](\d{1,2})[:/.-](\d{1,2})(?:[ T]+(\d{1,2}):(\d{1,2})(?::(\d{1,2}))?)?", re.ASCII)
@@ -445,7 +474,7 @@ _DATE = re.compile(r"(\d{4})[:/.-](\d{1,2})[:/.-](\d{1,2})(?:[ T]+(\d{1,2}):(\d{
 def _taken_at(*candidates: object) -> datetime | None:
     """The first candidate that is a date; cameras also write blanks, zeros and their own separators."""
     for candidate in candidates:
-        match = _DATE.match(_text(candidate) or "")
+        match = _DATE.match(clean_text(candidate) or "")
         if not match:
             continue
         try:
@@ -477,7 +506,7 @@ def _position(gps: dict) -> tuple[float | None, float | None]:
 
 def _degrees(value: object, reference: object, letters: str, limit: int) -> float | None:
     """Degrees, minutes and seconds with a hemisphere letter -> signed degrees."""
-    letter = (_text(reference) or "?").upper()[0]
+    letter = (clean_text(reference) or "?").upper()[0]
     parts = value if isinstance(value, tuple | list) else (value,)
     numbers = [_number(part) for part in parts[:3]]
     if letter not in letters or not numbers or numbers[0] is None:

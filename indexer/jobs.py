@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
@@ -30,11 +29,12 @@ from indexer.catalog import (
     record_failure,
     under,
 )
-from indexer.config import LibraryPaths
-from indexer.decode_pool import decode_all
-from indexer.embed import BATCH_SIZE, Batch, embed_batches
+from indexer.config import LibraryPaths, patch_form
+from indexer.embed import BATCH_SIZE, Batch, StageTimes, behind, embed_batches, embedder
 from indexer.errors import LibraryBusy, LibraryError, ModelError, UnreadablePhoto
 from indexer.images import DecodedPhoto, thumbnail_path
+from indexer.organise import add_tags
+from indexer.patch_store import PatchStore, patch_key
 from indexer.scan import ScannedFile, ScanProblem, walk
 from indexer.schema import Caption, Embedding, Failure, File, Photo, Root
 
@@ -53,9 +53,13 @@ class SyncReport:
     missing: int = 0  # known files that are gone
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    times: StageTimes = field(default_factory=StageTimes)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """The counts, seconds and warnings."""
+        values = asdict(self)
+        del values["times"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ def exclusive(paths: LibraryPaths, file: Path | None = None) -> Iterator[None]:
 
     The system frees the lock when its holder dies, however it dies.
     """
+    from filelock import FileLock, Timeout
+
     file = file or paths.lock
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(file, timeout=0)
@@ -107,6 +113,25 @@ def recorded(catalog: Catalog, kind: str, arguments: dict) -> Iterator[int]:
     catalog.finish_job(job_id, "done")
 
 
+class Keeper:
+    """Puts image tokens that the model has computed anyway into the store, as long as there is room.
+
+    Attributes:
+        form: how the encoder packs them; None where none are kept.
+    """
+
+    def __init__(self, encoder, patches: PatchStore | None):
+        self.patches, self.fingerprint = patches, encoder.fingerprint
+        self.form = patch_form() if patches is not None and patches.budget and encoder.can_match else None
+
+    def __call__(self, records: dict[str, bytes]) -> None:
+        """Content hash -> record."""
+        if self.form and records:
+            keyed = {patch_key(self.fingerprint, self.form, content): record for content, record in records.items()}
+            if self.patches.put(keyed, evict=False) < len(keyed):
+                self.form = None  # full: the rest is not even packed
+
+
 # -- index --------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +141,7 @@ class IndexJob:
     Args:
         load_encoder: called at the first photo that needs a vector: a run with nothing to do loads no model.
         workers: decoding processes; 0 decodes in this one.
+        patches: where image tokens are kept as long as there is room.
     """
 
     def __init__(
@@ -127,10 +153,12 @@ class IndexJob:
         workers: int = 2,
         batch_size: int = BATCH_SIZE,
         progress: ProgressCallback | None = None,
+        patches: PatchStore | None = None,
     ):
         self.catalog, self.paths, self.load_encoder = catalog, paths, load_encoder
-        self.workers, self.batch_size, self.progress = workers, batch_size, progress
+        self.workers, self.batch_size, self.progress, self.patches = workers, batch_size, progress, patches
         self.report = SyncReport()
+        self._counting = threading.Lock()  # batches are stored in a thread of their own
         self._seen: set[int] = set()  # ids of catalogued files that the walk met
         self._problems: set[str] = set()  # what the walk itself reported
         self._blocked: list[str] = []  # folders the walk could not enter: nothing below them is missing
@@ -187,6 +215,8 @@ class IndexJob:
         self._mark_missing(root)
 
     def _embed(self, pending: Iterable[ScannedFile]) -> None:
+        from indexer.decode_pool import decode_all  # with a process pool's libraries
+
         encoder = searching(self.load_encoder())
         with self.catalog.transaction() as connection:
             self._model_id = self.catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
@@ -195,9 +225,15 @@ class IndexJob:
             input_size=encoder.input_size,
             thumbnails=self.paths.thumbnails,
             workers=self.workers,
+            window=_window(self.workers, self.batch_size),
         )
-        for batch in embed_batches(decoded, encoder.embed_pixels, self.batch_size):
-            self._store(batch)
+        self._keep = Keeper(encoder, self.patches)
+        started, times = time.perf_counter(), self.report.times
+        times.workers = self.workers
+        with behind(self._store) as store:
+            for batch in embed_batches(decoded, embedder(encoder, self._keep.form), self.batch_size, times):
+                store(batch)
+        times.seconds += time.perf_counter() - started
 
     def _pending(self, root: str) -> Iterator[ScannedFile]:
         """Files that must be read: new, changed, or failed before and changed since."""
@@ -209,7 +245,7 @@ class IndexJob:
             yield from self._unknown(files)
 
     def _store_problems(self, problems: list[ScanProblem]) -> None:
-        self.report.failed += len(problems)
+        self._tally("failed", len(problems))
         self._problems |= {problem.path for problem in problems}
         self._blocked += [problem.path for problem in problems if problem.reason == "permission"]
         with self.catalog.transaction() as connection:
@@ -231,16 +267,16 @@ class IndexJob:
             if row is not None:
                 self._seen.add(row.id)
             if failure is not None and _same_failure(file, failure):
-                self.report.failed += 1
+                self._tally("failed")
                 self._advance(1, file.path)
             elif row is None or failure is not None or not _as_known(file, row):
                 yield file
             elif row.missing_since is not None:
                 returned.append(row.id)
-                self.report.updated += 1
+                self._tally("updated")
                 self._advance(1, file.path)
             else:
-                self.report.unchanged += 1
+                self._tally("unchanged")
                 self._advance(1, file.path)
         self._bring_back(returned)
 
@@ -256,6 +292,7 @@ class IndexJob:
 
     def _store(self, batch: Batch) -> None:
         """One transaction: photos, files, vectors, failures, progress."""
+        started = time.perf_counter()
         with self.catalog.transaction() as connection:
             for file, photo, vector in zip(batch.files, batch.photos, batch.vectors, strict=True):
                 photo_id = _photo_id(connection, photo)
@@ -267,20 +304,27 @@ class IndexJob:
                 # the path no longer holds the photo that it held
                 connection.execute(update(File).where(File.path == file.path).values(missing_since=now()))
             bump_generation(connection)
-            self.report.failed += len(batch.failures)
+            self._tally("failed", len(batch.failures))
             done = self._done + len(batch.files) + len(batch.failures)
             job_progress(connection, self._job_id, done, self.report.failed, self._counter.total)
+        self._keep({photo.content_hash: record for photo, record in zip(batch.photos, batch.records, strict=False)})
+        self.report.times.store += time.perf_counter() - started
         last = batch.files[-1].path if batch.files else batch.failures[-1][0].path
         self._advance(len(batch.files) + len(batch.failures), last)
 
     def _count(self, what: str, file_id: int) -> None:
-        setattr(self.report, what, getattr(self.report, what) + 1)
+        self._tally(what)
         self._seen.add(file_id)
 
+    def _tally(self, what: str, count: int = 1) -> None:
+        with self._counting:
+            setattr(self.report, what, getattr(self.report, what) + count)
+
     def _advance(self, count: int, path: str) -> None:
-        self._done += count
-        if self.progress:
-            self.progress(Progress(self._done, self._counter.total, self.report.failed, path))
+        with self._counting:
+            self._done += count
+            if self.progress:
+                self.progress(Progress(self._done, self._counter.total, self.report.failed, path))
 
     def _mark_missing(self, root: str) -> None:
         """Mark files below the root that the walk did not meet; forget failures of files that are gone."""
@@ -396,12 +440,12 @@ def _photo_id(connection: Connection, photo: DecodedPhoto) -> int:
     known = connection.execute(select(Photo.id).where(Photo.content_hash == photo.content_hash)).scalar()
     if known is not None:
         return known
-    values = asdict(photo.info) | {
-        "content_hash": photo.content_hash,
-        "bytes": photo.bytes,
-        "added_at": now(),
-    }
-    return connection.execute(insert(Photo).values(values)).inserted_primary_key[0]
+    values = asdict(photo.info)
+    keywords = values.pop("keywords")
+    values |= {"content_hash": photo.content_hash, "bytes": photo.bytes, "phash": photo.phash, "added_at": now()}
+    photo_id = connection.execute(insert(Photo).values(values)).inserted_primary_key[0]
+    add_tags(connection, [photo_id], keywords, "file")
+    return photo_id
 
 
 def _place_file(
@@ -443,6 +487,7 @@ def embed_missing(
     batch_size: int = BATCH_SIZE,
     workers: int = 2,
     progress: ProgressCallback | None = None,
+    patches: PatchStore | None = None,
 ) -> tuple[int, int]:
     """Give every present photo that lacks one a vector of this model. -> (the model's row, photos that failed).
 
@@ -450,23 +495,31 @@ def embed_missing(
     meanwhile; stopping loses at most a batch.
     """
     searching(encoder)
+    from indexer.decode_pool import decode_all
+
     with catalog.transaction() as connection:
         model_id = catalog.model_id(connection, encoder.name, encoder.fingerprint, encoder.dim)
+    keep = Keeper(encoder, patches)
     with recorded(catalog, "reindex", {"model": encoder.name}) as job_id:
         total = len(_photos_without(catalog, model_id))
         done = 0
         for source in (_thumbnails, _originals):
             todo = _photos_without(catalog, model_id)
             decoded = decode_all(
-                source(catalog, paths, todo), input_size=encoder.input_size, thumbnails=None, workers=workers
+                source(catalog, paths, todo),
+                input_size=encoder.input_size,
+                thumbnails=None,
+                workers=workers,
+                window=_window(workers, batch_size),
             )
-            for batch in embed_batches(decoded, encoder.embed_pixels, batch_size):
+            for batch in embed_batches(decoded, embedder(encoder, keep.form), batch_size):
                 done += len(batch.files)
                 with catalog.transaction() as connection:
                     for picture, vector in zip(batch.files, batch.vectors, strict=True):
                         _store_vector(connection, model_id, picture.photo_id, vector)
                     bump_generation(connection)
                     job_progress(connection, job_id, done, 0, total)
+                keep(dict(zip((picture.content_hash for picture in batch.files), batch.records, strict=False)))
                 if progress:
                     progress(Progress(done, total, 0))
     return model_id, total - done
@@ -484,21 +537,28 @@ class _Picture:
 
     photo_id: int
     path: str
+    content_hash: str  # the photo's, not a thumbnail's
 
 
 def _thumbnails(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
     for part in chunks(photo_ids):
         query = select(Photo.id, Photo.content_hash).where(Photo.id.in_(part)).order_by(Photo.id)
         for row in catalog.rows(query):
-            yield _Picture(row.id, str(thumbnail_path(paths.thumbnails, row.content_hash)))
+            path = str(thumbnail_path(paths.thumbnails, row.content_hash))
+            yield _Picture(row.id, path, row.content_hash)
 
 
 def _originals(catalog: Catalog, paths: LibraryPaths, photo_ids: list[int]) -> Iterator[_Picture]:
     for part in chunks(photo_ids):
-        query = select(File.photo_id, func.min(File.path).label("path")).group_by(File.photo_id)
-        query = query.where(File.photo_id.in_(part), File.missing_since.is_(None)).order_by(File.photo_id)
-        for row in catalog.rows(query):
-            yield _Picture(row.photo_id, row.path)
+        query = select(Photo.id, Photo.content_hash, func.min(File.path).label("path")).group_by(Photo.id)
+        query = query.join(File, File.photo_id == Photo.id).where(Photo.id.in_(part), File.missing_since.is_(None))
+        for row in catalog.rows(query.order_by(Photo.id)):
+            yield _Picture(row.id, row.path, row.content_hash)
+
+
+def _window(workers: int, batch_size: int) -> int:
+    """Photos decoded ahead: while the model has one batch, the workers make the next."""
+    return max(4 * workers, 2 * batch_size)
 
 
 # -- captions -----------------------------------------------------------------------------------------------
@@ -548,3 +608,11 @@ def store_caption(connection: Connection, photo_id: int, caption: str, model: st
         )
     values = {"photo_id": photo_id, "text": caption, "source": source, "model": model, "score": score}
     connection.execute(insert(Caption).values(**values, created_at=now()))
+
+
+def edit_own_caption(connection: Connection, photo_id: int, text: str, new: str | None) -> None:
+    """Change a caption of the user's, or with None delete it. Raises LibraryError where there is no such caption."""
+    own = (Caption.photo_id == photo_id, Caption.text == text, Caption.source == "user")
+    change = delete(Caption) if new is None else update(Caption).values(text=new)
+    if not connection.execute(change.where(*own)).rowcount:
+        raise LibraryError(f"photo {photo_id} has no caption of yours that says {text!r}: it may have been changed")

@@ -1,35 +1,46 @@
 """PhotoLibrary: the Python API. The command line and the app are thin layers over it."""
 
 import gc
+import inspect
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from sqlalchemy import func, select
 
 from blipcore.hub import abilities, canonical_name, models_here, own_name
+from blipcore.imports import collector_paused
 from indexer import answers as asking
-from indexer import finetuning, jobs
+from indexer import backup as safekeeping
+from indexer import choices, comparison, exporting, finetuning, forgetting, jobs, organise
+from indexer import held_models as shelf
 from indexer.catalog import Catalog, chunks, is_present
 from indexer.conditions import parse_condition, plain_question
-from indexer.config import DEFAULT_MODEL, LibraryPaths, default_library
+from indexer.config import DEFAULT_MODEL, LibraryPaths, default_library, patch_budget, patch_form
 from indexer.embed import BATCH_SIZE
 from indexer.errors import LibraryError, ModelError, NotEnoughMemory, PhotoNotFound, QueryError, UnreadablePhoto
 from indexer.images import open_image, thumbnail_path
-from indexer.query import Query
+from indexer.index_file import FLAT, index_kind
+from indexer.patch_store import PatchStore
 from indexer.schema import Answer, Caption, Embedding, Failure, File, Photo, Root
+from indexer.storage import storage
 
 PICTURE_SIDE = 768
 MANY = 20_000  # vectors added to the index at once, and worth a save when it opens
 SAMPLE = 256  # vectors compared with the catalog when an index opens
+TUNING_TEXTS = 512  # captions that an index of many photos is tuned on
 ABILITIES = {  # what a model may be unable to do, and the smallest one that can
     "ask": ("answer questions", "blip-vqa-base"),
     "chat": ("hold a conversation", "qwen2-vl-2b"),
     "ground": ("point at things", "qwen2-vl-2b"),
 }
+
+
+Photos = int | str | Path | Sequence[int | str | Path]
 
 
 class PhotoLibrary:
@@ -45,6 +56,7 @@ class PhotoLibrary:
         self._load_encoder = load_encoder or _load_encoder
         self._encoders: dict[str, object] = {}
         self._searcher = None
+        self._patches: PatchStore | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -79,7 +91,10 @@ class PhotoLibrary:
         return cls(paths.folder, Catalog(paths.catalog), model, load_encoder)
 
     def close(self) -> None:
+        """Let go of all files; what is asked next opens them again."""
         self.catalog.close()
+        if self._patches is not None:
+            self._patches.close()
 
     def __enter__(self) -> "PhotoLibrary":
         return self
@@ -113,12 +128,15 @@ class PhotoLibrary:
                 workers=workers,
                 batch_size=batch_size,
                 progress=progress,
+                patches=self.patches(),
             )
             report = job.run(folders)
             self._save_index()
         return report
 
-    def reindex(self, model: str, progress: Callable | None = None, workers: int = 2) -> tuple[int, int]:
+    def reindex(
+        self, model: str, progress: Callable | None = None, workers: int = 2, *, switch: bool = True
+    ) -> tuple[int, int]:
         """Give all photos vectors of another model, then switch search to it. -> (photos covered, photos failed).
 
         Search goes on with the old model until the switch; the old vectors stay, so that going back embeds only
@@ -127,15 +145,58 @@ class PhotoLibrary:
 
         Args:
             model: a known name, the name of one of this library's own models (see `finetune`), or a model folder.
+            switch: False leaves search with the model that it uses: see `use_model` and `compare_models`.
         """
         encoder = self._encoder_named(model, fresh=True)
         with jobs.exclusive(self.paths):
-            model_id, failed = jobs.embed_missing(self.catalog, self.paths, encoder, progress=progress, workers=workers)
-            self.catalog.activate(model_id)
-            with self._lock:
-                self._searcher = None
-            self._save_index()
+            model_id, failed = jobs.embed_missing(
+                self.catalog, self.paths, encoder, progress=progress, workers=workers, patches=self.patches()
+            )
+            if switch:
+                self._switch_to(model_id)
         return len(self.catalog.searchable_ids(model_id)), failed
+
+    def models(self) -> list[shelf.HeldModel]:
+        """The models whose vectors the library holds, the one that search uses first."""
+        return shelf.held_models(self.catalog)
+
+    def use_model(self, name: str) -> None:
+        """Switch search to a model of which every photo has vectors, at once.
+
+        Raises ModelError where some photos have none, or the model cannot be loaded.
+        """
+        with jobs.exclusive(self.paths):
+            self._switch_to(shelf.complete_model(self.catalog, self._encoder_named(name, fresh=True)).id)
+
+    def remove_model(self, name: str) -> int:
+        """Drop the vectors of a model that search does not use. -> of how many photos."""
+        with jobs.exclusive(self.paths):
+            return shelf.remove_model(self.catalog, self.paths, self.model_name(name))
+
+    def compare_models(self, first: str, second: str, queries: str | Path, *, k: int = 10, rerank: int = 100):
+        """Ask two models the same queries, each over all photos. -> comparison.Comparison.
+
+        Args:
+            queries: a file of one query a line; where it is known, a tab and the photo that it means.
+            k: how many results are compared. rerank: as in `search`.
+        """
+        asked = comparison.read_queries(Path(queries).expanduser(), self.catalog.find_photo)
+        encoders = [self._encoder_named(name) for name in (first, second)]
+        searchers = [self._searcher_with(encoder) for encoder in encoders]
+
+        from indexer.query import Query
+
+        def search_with(searcher):
+            return lambda text, top_k: searcher.search(Query.parse(text), top_k=top_k, rerank=rerank)
+
+        names = encoders[0].name, encoders[1].name
+        return comparison.compare(names, tuple(search_with(each) for each in searchers), asked, k)
+
+    def _switch_to(self, model_id: int) -> None:
+        self.catalog.activate(model_id)
+        with self._lock:
+            self._searcher = None
+        self._save_index()
 
     def caption(
         self,
@@ -176,6 +237,22 @@ class PhotoLibrary:
         """Keep the user's own words for a photo."""
         with self.catalog.transaction() as connection:
             jobs.store_caption(connection, self.photo_id(photo), text, None, None)
+
+    def edit_caption(self, photo: int | str, text: str, new: str | None) -> None:
+        """Change one of the user's own captions, or with None take it away. Raises LibraryError where there is none."""
+        with self.catalog.transaction() as connection:
+            jobs.edit_own_caption(connection, self.photo_id(photo), text, new)
+
+    def write_captions(self, image, model: str | None = None) -> dict:
+        """Captions of a picture in several styles of decoding, none of them kept. -> {style: (text, score)}.
+
+        Styles: "short", "detailed", "sampled" of the models that can be told; else "plain" alone. The score is the
+        match probability, None where no model here can match.
+        """
+        encoder = self._encoder_named(model) if model else self.encoder()
+        styles = getattr(encoder, "caption_styles", {"plain": {}})
+        judge, picture = None if encoder.can_match else self._judge(), self._open_query(image)
+        return {style: encoder.caption([picture], judge=judge, **how)[0] for style, how in styles.items()}
 
     def finetune(
         self,
@@ -233,48 +310,110 @@ class PhotoLibrary:
         rerank: int = 100,
         budget_ms: float | None = None,
         min_probability: float | None = None,
+        likely: bool = False,
         ask: str | None = None,
         answer: str | None = None,
         ask_model: str | None = None,
     ):
-        """Photos for words, an example picture, or both; best first.
+        """Photos for words, example pictures, or both; best first. With a filter alone, the newest that pass it.
 
         Args:
-            image: a path, bytes, or a PIL image.
+            text: what the search box takes (see indexer.query): words, `no people`, `2:dogs + snow`, `"exact words"`,
+                `photo:12`, filters.
+            image: an example: a path, bytes, a PIL image, or the id of one of the library's photos; or several.
             without: phrases; photos that the matching model finds to show one are dropped.
-            where: a filter, as text or {field: value}; see indexer.query.
+            where: a filter, as text or {field: value}; see indexer.filters.
             rerank: how many candidates the matching model reads; 0 for none.
             budget_ms: time for re-ranking; what it does not reach keeps its first-stage order.
             min_probability: drop results below it, and those that were not re-ranked.
+            likely: drop results below the cut, and those that were not re-ranked: nothing is left where nothing fits.
             ask: a question that each of the top_k results is asked, once for all searches: it becomes its `.answer`.
             answer: keep results whose answer fulfils it: ">2", "2..5", "yes", "red|blue"; see indexer.conditions.
             ask_model: the model that answers, by default the active one; see `ask`.
 
         Returns:
-            SearchResults: a list of SearchResult, with `.reranked`, `.candidates`, `.seconds`.
+            SearchResults: a list of SearchResult, with `.reranked`, `.candidates`, `.seconds`, `.query` as it was
+            understood, and `.cut`: how many of them, the first ones, are likely.
 
         Raises:
-            QueryError: nothing to search for, or a filter or condition that cannot be read.
+            QueryError: nothing to search for, or a query, filter or condition that cannot be read; it names the place.
             UnreadablePhoto: the example picture cannot be decoded. ModelError: the model cannot answer.
         """
-        query = Query(text, image, (without,) if isinstance(without, str) else tuple(without), where)
+        query = self._query(text, image, without, where)
         budget = None if budget_ms is None else budget_ms / 1000
         condition = _condition(ask, answer)
         searcher = self.searcher()
         encoder = None if ask is None else self.encoder_that("ask", ask_model, "--ask-model")
         hits = searcher.search(
-            query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability
+            query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability, likely=likely
         )
         if encoder is not None:
             hits[:] = asking.beside(hits, ask, self._answers(encoder, hits, ask), condition)
         return hits
 
+    def search_progressively(
+        self, text: str | None = None, *, image=None, without: str | Sequence[str] = (), where=None, **options
+    ) -> Iterator:
+        """As `search`, but the first stage's results come at once, then the re-ranked ones: one or two SearchResults.
+
+        Args:
+            options: top_k, rerank, budget_ms, min_probability, likely; as `search` takes them.
+        """
+        query, budget = self._query(text, image, without, where), options.pop("budget_ms", None)
+        return self.searcher().stages(query, budget_seconds=None if budget is None else budget / 1000, **options)
+
+    def evaluate(
+        self,
+        queries: Iterable[tuple[int | str, str]] | None = None,
+        *,
+        limit: int | None = None,
+        rerank: int = 100,
+        report: str | Path | None = None,
+        progress: Callable | None = None,
+    ):
+        """How well this library is searched: recall, MRR, nDCG and latency of each way of searching.
+
+        Args:
+            queries: (photo, what is asked for it); by default a caption of each photo that people captioned, which
+                then does not stand in the full text.
+            limit: so many photos, drawn at random. rerank: candidates that the matching model reads.
+            report: the folder of the saved report; by default the library's own `reports`.
+            progress: called with (queries done, all of them).
+
+        Returns:
+            indexer.evaluate.LibraryReport
+
+        Raises:
+            LibraryError: there is nothing to ask. PhotoNotFound: a photo of the queries.
+        """
+        from indexer import evaluate as measuring
+
+        if queries is None:
+            asked, held_out = measuring.own_queries(self.catalog, limit)
+        else:
+            asked = [measuring.Asked(text, frozenset([self.photo_id(photo)])) for photo, text in queries]
+            asked, held_out = measuring.drawn(asked, limit), []
+        options = {} if progress is None else {"progress": progress}
+        found = measuring.evaluate(self.searcher(), asked, held_out, rerank=rerank, **options)
+        found.save(Path(report) if report else self.paths.reports)
+        return found
+
+    def _query(self, text, image, without, where):
+        from indexer.query import Query
+
+        images = () if image is None else tuple(image) if isinstance(image, list | tuple) else (image,)
+        return Query.parse(text, images=images, without=[without] if isinstance(without, str) else without, where=where)
+
     def similar(self, photo: int | str, *, top_k: int = 20, where=None):
         """Photos that look like one of the library."""
         return self.searcher().similar(self.photo_id(photo), top_k, where)
 
-    def describe(self, image, *, candidates: Iterable[str] | None = None, top_k: int = 5):
-        """The texts that fit a picture best: of the library's captions, or of the given lines."""
+    def describe(self, image, *, candidates: Iterable[str] | None = None, things: bool = False, top_k: int = 5):
+        """The texts that fit a picture best: of the library's captions, of the given lines, or of everyday things."""
+        if things:
+            from indexer.tagging import describe_things
+
+            return describe_things(self.searcher(), self._open_query(image), top_k)
         texts = self._caption_texts() if candidates is None else {line: None for line in candidates if line.strip()}
         if not texts:
             raise LibraryError(
@@ -366,6 +505,203 @@ class PhotoLibrary:
 
         return draw_boxes(self.picture(self.photo_id(photo)), boxes)
 
+    def explain(self, photo: int | str, text: str, word: str | None = None):
+        """Where a photo shows the words of a text, by what the matching model reads. -> a heat map a word, in order.
+
+        Args:
+            word: only this word or phrase; its heat map alone is given. One that is not in the text is read by itself.
+
+        Returns:
+            blipcore.heat_map.HeatMap, or a list of them: `.word`, `.weights`, `.image(picture)`.
+        """
+        encoder, picture = self.encoder(), self.picture(self.photo_id(photo))
+        maps = encoder.explain(picture, text, None if word is None else [word])
+        if not maps:
+            raise QueryError("there is no word to explain: give words")
+        return maps if word is None else maps[0]
+
+    def draw_heat(self, photo: int | str, maps: Sequence, title: str = ""):
+        """Heat maps of `explain` over the photo, side by side with their words, as a PIL image."""
+        from blipcore.heat_map import sheet
+
+        return sheet(self.picture(self.photo_id(photo)), maps, title)
+
+    # -- the user's own order (indexer.organise): `photos` are ids or paths, one or several -------------------
+
+    def tag(self, photos: Photos, tags: str | Sequence[str]) -> int:
+        """Hang tags on photos. -> how many were new."""
+        return organise.tag(self.catalog, self.photo_ids(photos), [tags] if isinstance(tags, str) else tags)
+
+    def untag(self, photos: Photos, tags: str | Sequence[str]) -> int:
+        """Take tags off photos, whoever gave them: the user, the file or a model. -> how many there were."""
+        return organise.untag(self.catalog, self.photo_ids(photos), [tags] if isinstance(tags, str) else tags)
+
+    def tags(self) -> list[dict]:
+        """All tags, the commonest first: name, photos, and how many of these by user, file and generated."""
+        return organise.tags(self.catalog)
+
+    def albums(self) -> list[dict]:
+        """Albums by name: name, photos, missing (photos that are not on disk now), created_at."""
+        return organise.albums(self.catalog)
+
+    def album(self, name: str) -> list[int]:
+        """Ids of an album's photos that are on disk, in the order in which they came to it."""
+        return organise.album_photos(self.catalog, name)
+
+    def create_album(self, name: str) -> None:
+        """Raises LibraryError where there is one of that name."""
+        organise.create_album(self.catalog, name)
+
+    def add_to_album(self, name: str, photos: Photos) -> int:
+        """Put photos into an album that there is. -> how many were not in it yet."""
+        return organise.add_to_album(self.catalog, name, self.photo_ids(photos))
+
+    def remove_from_album(self, name: str, photos: Photos) -> int:
+        """Take photos out of an album; they stay in the library. -> how many were in it."""
+        return organise.remove_from_album(self.catalog, name, self.photo_ids(photos))
+
+    def rename_album(self, name: str, new_name: str) -> None:
+        organise.rename_album(self.catalog, name, new_name)
+
+    def delete_album(self, name: str) -> int:
+        """Take an album apart; its photos stay in the library. -> how many were in it."""
+        return organise.delete_album(self.catalog, name)
+
+    def set_favourite(self, photos: Photos, favourite: bool = True) -> None:
+        organise.set_favourite(self.catalog, self.photo_ids(photos), favourite)
+
+    def rate(self, photos: Photos, rating: int | None) -> None:
+        """Give photos 0 to 5 stars; None takes the rating away."""
+        organise.rate(self.catalog, self.photo_ids(photos), rating)
+
+    def set_title(self, photos: Photos, title: str | None) -> None:
+        """Give photos a title; None or blank takes it away."""
+        organise.set_title(self.catalog, self.photo_ids(photos), title)
+
+    def save_search(self, name: str, query: Mapping, *, replace: bool = False) -> None:
+        """Keep a search under a name: the arguments of `search`, as JSON values.
+
+        Raises QueryError for arguments that `search` does not have, LibraryError for a name that is taken.
+        """
+        accepted = inspect.signature(self.search).parameters
+        organise.save_search(self.catalog, name, query, accepted, replace)
+
+    def filter_choices(self) -> dict[str, list[tuple[object, int]]]:
+        """What filters can be set to, with how many photos: years, cameras, formats; see also `tags` and `albums`."""
+        return choices.filter_choices(self.catalog)
+
+    def example_queries(self, count: int = 6) -> list[str]:
+        """Searches to begin with, from this library's own captions and tags."""
+        return choices.example_queries(self.catalog, count)
+
+    def saved_searches(self) -> list[dict]:
+        """Saved searches by name: name, query (the arguments of `search`), created_at."""
+        return organise.saved_searches(self.catalog)
+
+    def saved_search(self, name: str) -> dict:
+        """The arguments that a saved search gives `search`: `library.search(**library.saved_search("beach"))`."""
+        return organise.saved_search(self.catalog, name)
+
+    def delete_saved_search(self, name: str) -> None:
+        organise.delete_saved_search(self.catalog, name)
+
+    def present(self) -> list[int]:
+        """Ids of all photos on disk."""
+        return [row.id for row in self.catalog.rows(select(Photo.id).where(is_present(Photo.id)).order_by(Photo.id))]
+
+    def untagged(self) -> list[int]:
+        """Ids of photos on disk that the matching model has not tagged yet from the list of things."""
+        from indexer.tagging import untagged
+
+        return untagged(self.catalog, self._matching().encoder)
+
+    def tag_things(self, photos: Photos, *, threshold: float | None = None, limit: int | None = None, progress=None):
+        """Let the matching model tag photos with what they show of `indexer/things.txt`; see `indexer.tagging`.
+
+        Its earlier tags are replaced, the user's stay. May be stopped at any moment: `untagged` says what is left.
+
+        Args:
+            threshold: the least match probability of a tag. limit: the most tags of a photo.
+
+        Returns:
+            TagReport: `.tags`, {photo id: [(name, probability)]}, and `.failed`, photos that cannot be read.
+        """
+        from indexer.tagging import LIMIT, THRESHOLD, tag_photos
+
+        return tag_photos(
+            self.catalog,
+            self._matching(),
+            self.photo_ids(photos),
+            threshold=THRESHOLD if threshold is None else threshold,
+            limit=LIMIT if limit is None else limit,
+            progress=progress,
+        )
+
+    def audit(self, photos: Photos | None = None, *, below: float | None = None, progress: Callable | None = None):
+        """People's captions and tags that the matching model believes wrong, the most suspicious first.
+
+        Args:
+            photos: by default all that people wrote about. below: match probability under which a text is suspicious.
+
+        Returns:
+            Suspicion list: photo_id, path, kind, text, probability, suggestion, suggestion_probability.
+        """
+        from indexer.audit import BELOW, audit
+
+        ids = None if photos is None else self.photo_ids(photos)
+        least = BELOW if below is None else below
+        return audit(self.catalog, self._matching(), below=least, photo_ids=ids, progress=progress)
+
+    def _matching(self):
+        """What reads photos against texts. Raises ModelError where the active model cannot."""
+        reranker = self.searcher().reranker
+        if not reranker.encoder.can_match:
+            raise ModelError(f"{reranker.encoder.name} cannot match texts: use blip-mini, or download blip-base")
+        return reranker
+
+    def duplicates(self, *, likeness: float | None = None, exact: bool = False, progress: Callable | None = None):
+        """Groups of photos that are the same picture, see `indexer.duplicates.find_duplicates`; nothing is deleted.
+
+        Args:
+            likeness: from which two pictures count as the same, 0 to 1. exact: only copies, byte for byte.
+
+        Returns:
+            DuplicateGroup list: `.photos`, the best first, each with its paths and likeness; `.spare_bytes`.
+        """
+        from indexer.duplicates import LIKENESS, find_duplicates
+
+        least = LIKENESS if likeness is None else likeness
+        return find_duplicates(self.catalog, self.paths.thumbnails, likeness=least, exact=exact, progress=progress)
+
+    # -- safekeeping ----------------------------------------------------------------------------------------
+
+    def backup(self, file: str | Path, *, thumbnails: bool = False, replace: bool = False) -> safekeeping.Backup:
+        """Write the catalog and the library's own models into one file and check it; jobs may run meanwhile.
+
+        Raises LibraryError for a file that is there already, unless `replace`. `indexer.backup.restore_backup` is
+        the way back.
+        """
+        return safekeeping.write_backup(self.catalog, self.paths, Path(file), thumbnails=thumbnails, replace=replace)
+
+    def export(self, file: str | Path, kind: str = "csv", *, replace: bool = False) -> int:
+        """Write all that is known of the photos as a table: "csv", "json" (a line each) or "parquet". -> how many."""
+        return exporting.export(self.catalog, kind, Path(file), replace=replace)
+
+    def forget(self, folder: str | Path, *, purge: bool = False, dry_run: bool = False) -> forgetting.Forgotten:
+        """Take an indexed folder out of the library; originals and people's words stay, see `indexer.forgetting`.
+
+        Args:
+            purge: also remove thumbnails, vectors and models' words of photos that leave search.
+            dry_run: do nothing, say what would be done.
+        """
+        with jobs.exclusive(self.paths):
+            report = forgetting.forget(self.catalog, self.paths, folder, purge=purge, dry_run=dry_run)
+            if not dry_run:
+                self._save_index()
+                if purge:  # what was read of other photos comes back when it is needed
+                    self.patches().clear()
+        return report
+
     # -- looking things up ----------------------------------------------------------------------------------
 
     def photo_id(self, photo: int | str | Path) -> int:
@@ -375,10 +711,18 @@ class PhotoLibrary:
             raise PhotoNotFound(f"the library has no photo {photo}: give an id from a search, or index its folder")
         return found
 
+    def photo_ids(self, photos: Photos) -> list[int]:
+        """The ids of one photo or several, each once. Raises PhotoNotFound, before anything is done to the others."""
+        named = [photos] if isinstance(photos, int | str | Path) else photos
+        return list(dict.fromkeys(self.photo_id(photo) for photo in named))
+
     def photo(self, photo: int | str) -> dict:
-        """All that is known of a photo: metadata, paths, captions, answers."""
+        """All that is known of a photo: metadata, title, favourite, rating, tags, albums, paths, captions, answers."""
         photo_id = self.photo_id(photo)
         row = self.catalog.photo_rows([photo_id])[photo_id]
+        del row["phash"], row["tagged_with"]  # the library's own notes
+        row["tags"] = organise.tags_of(self.catalog, photo_id)
+        row["albums"] = organise.albums_of(self.catalog, photo_id)
         captions = select(Caption.text, Caption.source, Caption.model, Caption.score).where(
             Caption.photo_id == photo_id
         )
@@ -421,8 +765,6 @@ class PhotoLibrary:
         scalar, model_id = self.catalog.scalar, model.id if model else -1
         present = is_present(Photo.id)
         captioned = select(Caption.photo_id).distinct()
-        from indexer.vector_index import KIND
-
         return {
             "photos": scalar(select(func.count()).select_from(Photo).where(present)),
             "embedded": scalar(
@@ -433,11 +775,15 @@ class PhotoLibrary:
             "failed": scalar(select(func.count()).select_from(Failure)),
             "missing": scalar(select(func.count()).select_from(Photo).where(~present)),
             "model": model.name if model else None,
-            "index_kind": KIND,
+            "index_kind": index_kind(self.paths.vectors(model.fingerprint)) if model else FLAT,
             "roots": [row.path for row in self.catalog.rows(select(Root.path).order_by(Root.id))],
             "bytes": scalar(select(func.coalesce(func.sum(Photo.bytes), 0)).where(present)),
             "job": self.catalog.latest_job(),
         }  # fmt: skip
+
+    def storage(self) -> dict[str, int]:
+        """Bytes on disk of the library's parts: catalog, thumbnails, index, image tokens, own models, reports."""
+        return storage(self.paths)
 
     def errors(self) -> list[dict]:
         """Files that could not be used, each with its reason."""
@@ -541,22 +887,37 @@ class PhotoLibrary:
         gc.collect()
         return self._load_encoder(place)
 
+    def patches(self) -> PatchStore:
+        """Image tokens kept for matching."""
+        with self._lock:
+            if self._patches is None:
+                self._patches = PatchStore(self.paths.patches, patch_budget(self.paths.folder))
+            return self._patches
+
     def searcher(self):
         """The searcher over an index that is level with the catalog now."""
-        from indexer.rerank import Reranker
-        from indexer.search import Searcher
-
         with self._lock:
             model = self.catalog.active_model()
             if model is None:
                 raise LibraryError("the library is empty: run `photoblip index DIR` first")
             if self._searcher is None or self._searcher.model.id != model.id:
-                encoder = self.encoder()
-                reranker = Reranker(encoder, self.picture)
-                index = self._open_index(model)
-                self._searcher = Searcher(self.catalog, index, encoder, model, reranker, self._open_query)
-            self._level(self._searcher.index, model)
+                self._searcher = self._make_searcher(model, self.encoder())
+            if self._level(self._searcher.index, model):  # this process lives to see the library grow
+                index, file = self._searcher.index, self.paths.vectors(model.fingerprint)
+                index.retrain_beside(self._caption_vectors, done=lambda: index.save(file))
             return self._searcher
+
+    def _make_searcher(self, model, encoder):
+        from indexer.rerank import Reranker, patch_keys
+        from indexer.search import Searcher
+
+        keys = partial(patch_keys, self.catalog, model.fingerprint, patch_form())
+        reranker = Reranker(encoder, self.picture, self.patches(), keys, patch_form())
+        return Searcher(self.catalog, self._open_index(model), encoder, model, reranker, self._open_query)
+
+    def _searcher_with(self, encoder):
+        """A searcher of any model of which every photo has vectors. Raises ModelError for others."""
+        return self._make_searcher(shelf.complete_model(self.catalog, encoder), encoder)
 
     def _open_index(self, model):
         """The saved index, brought level with the catalog; made anew from it where the file cannot be used."""
@@ -578,14 +939,13 @@ class PhotoLibrary:
         Ids only grow, so those given twice are among the highest: they are compared, and some others.
         """
         ids = np.sort(index.ids())
-        some = np.random.default_rng(0).choice(ids, min(len(ids), SAMPLE), replace=False)
+        some = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLE)).astype(int)]
         return self._different_vectors(index, model, np.union1d(ids[-SAMPLE:], some)) > 0
 
     def _different_vectors(self, index, model, ids: np.ndarray) -> int:
         """How many of these photos have another vector in the index than in the catalog."""
-        held = set(index.ids().tolist())
         different = 0
-        for part, vectors in self.catalog.vectors(model.id, (i for i in ids.tolist() if i in held)):
+        for part, vectors in self.catalog.vectors(model.id, np.intersect1d(ids, index.ids(), assume_unique=True)):
             different += int((index.vectors(part) != vectors).reshape(len(part), -1).any(1).sum())
         return different
 
@@ -595,8 +955,8 @@ class PhotoLibrary:
         if generation == index.generation:
             return 0
         wanted, held = self.catalog.searchable_ids(model.id), index.ids()
-        index.remove(np.setdiff1d(held, wanted))
-        fresh = np.setdiff1d(wanted, held)
+        index.remove(np.setdiff1d(held, wanted, assume_unique=True))
+        fresh = np.setdiff1d(wanted, held, assume_unique=True)
         for part in chunks(fresh.tolist(), MANY):
             found = list(self.catalog.vectors(model.id, part))
             index.add(np.concatenate([ids for ids, _ in found]), np.concatenate([v for _, v in found]))
@@ -611,6 +971,18 @@ class PhotoLibrary:
                 index = searcher.index if searcher and searcher.model.id == model.id else self._open_index(model)
                 self._level(index, model)
                 index.save(self.paths.vectors(model.fingerprint))
+                if index.due() and index.retrain(self._caption_vectors):  # which may take a minute, and be cut short
+                    index.save(self.paths.vectors(model.fingerprint))
+
+    def _caption_vectors(self) -> np.ndarray | None:
+        """Vectors of some of the library's captions, a user's own first: the nearest thing to what is searched for."""
+        query = select(Caption.text).group_by(Caption.text)
+        query = query.order_by(func.min(Caption.source != "user"), func.random()).limit(TUNING_TEXTS)
+        texts = [row.text for row in self.catalog.rows(query)]
+        try:
+            return np.concatenate([self.encoder().embed_texts(part) for part in chunks(texts, 64)]) if texts else None
+        except ModelError:  # the model is not here any more: the index makes up queries
+            return None
 
     def _open_query(self, image):
         return open_image(Path(image).expanduser() if isinstance(image, str) else image, target=PICTURE_SIDE)
@@ -640,6 +1012,7 @@ def _has_content(file: Path) -> bool:
 
 
 def _load_encoder(name: str):
-    from blipcore.encoder import load_encoder
+    with collector_paused():
+        from blipcore.encoder import load_encoder
 
     return load_encoder(name)

@@ -1,9 +1,19 @@
 """The catalog's tables. A change here comes with a migration in `migrations/versions`."""
 
+import unicodedata
 from datetime import datetime
 
-from sqlalchemy import JSON, ForeignKey, Index, LargeBinary
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, LargeBinary, UniqueConstraint, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+def fold(name: str) -> str:
+    """A tag's or album's name as it is compared: "  Beach  Party" and "beach party" are the same one."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _folded_name(context) -> str:
+    return fold(context.get_current_parameters()["name"])
 
 
 class Base(DeclarativeBase):
@@ -39,6 +49,11 @@ class Photo(Base):
     latitude: Mapped[float | None]
     longitude: Mapped[float | None]
     altitude: Mapped[float | None]
+    title: Mapped[str | None]  # the user's, or what the file says
+    favourite: Mapped[bool] = mapped_column(default=False, server_default=false())
+    rating: Mapped[int | None]  # 0 to 5, the user's or the file's
+    phash: Mapped[int | None] = mapped_column(BigInteger)  # see indexer.images.perceptual_hash, as a signed integer
+    tagged_with: Mapped[str | None]  # which model, over which list of things, wrote its generated tags
     added_at: Mapped[datetime]
 
 
@@ -101,6 +116,55 @@ class Answer(Base):
     question: Mapped[str] = mapped_column(primary_key=True)  # without case and question mark
     model: Mapped[str] = mapped_column(primary_key=True)  # the fingerprint of its weights
     answer: Mapped[str]
+    created_at: Mapped[datetime]
+
+
+class Album(Base):
+    """Photos that the user put together."""
+
+    __tablename__ = "albums"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]  # as the user writes it
+    folded: Mapped[str] = mapped_column(unique=True, default=_folded_name)  # fold(name): how it is found
+    created_at: Mapped[datetime]
+
+
+class AlbumPhoto(Base):
+    """A photo's place in an album; a photo may be in many."""
+
+    __tablename__ = "album_photos"
+
+    album_id: Mapped[int] = mapped_column(ForeignKey("albums.id"), primary_key=True)
+    photo_id: Mapped[int] = mapped_column(ForeignKey("photos.id"), primary_key=True, index=True)
+    added_at: Mapped[datetime]
+
+
+class Tag(Base):
+    """A word that hangs on a photo: the user's, the file's own keyword, or a model's with how sure it is."""
+
+    __tablename__ = "tags"
+    __table_args__ = (UniqueConstraint("photo_id", "folded", "source"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    photo_id: Mapped[int] = mapped_column(ForeignKey("photos.id"))
+    name: Mapped[str]  # as it was written
+    folded: Mapped[str] = mapped_column(index=True, default=_folded_name)  # fold(name): how it is found
+    source: Mapped[str]  # "user", "file" or "generated"
+    model: Mapped[str | None]
+    probability: Mapped[float | None]
+    created_at: Mapped[datetime]
+
+
+class SavedSearch(Base):
+    """A search under a name: the arguments of `PhotoLibrary.search`."""
+
+    __tablename__ = "saved_searches"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    folded: Mapped[str] = mapped_column(unique=True, default=_folded_name)
+    query: Mapped[dict] = mapped_column(JSON)
     created_at: Mapped[datetime]
 
 

@@ -1,24 +1,37 @@
-"""Two-stage search: query -> vector -> candidates -> matching -> ranked results.
+"""Search: query -> candidates of two kinds -> matching -> ranked results, with an honest "nothing".
 
-First stage: cosines of BLIP's contrastive vectors over the whole library (ITC). Second stage: the matching
-model scores the best candidates (ITM), and both become one score and one probability (blipcore.calibration).
+First stage: cosines of the contrastive vectors over the whole library (ITC), and the words that stand beside the photos
+(full text); both lists are fused. Second stage: the matching model reads the best candidates (ITM), and all that speaks
+for a photo becomes one score, one order and one probability (blipcore.calibration).
 """
 
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 import numpy as np
+from sqlalchemy import select
 
-from indexer.catalog import Catalog
-from indexer.query import Query, compile_filter
+from indexer.catalog import Catalog, is_present
+from indexer.errors import QueryError
+from indexer.exclusion import Exclusion
+from indexer.filters import Where, compile_filters
+from indexer.full_text import NOTHING, FullText
+from indexer.fusion import Candidates, fuse
+from indexer.language import Reading, reading
+from indexer.query import Query, Term
 from indexer.rerank import Reranker
+from indexer.schema import Embedding, Photo
 from indexer.vector_index import VectorIndex
 
 TEXT_BATCH = 256
 KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
-EXCLUSION_PROBABILITY = 0.5  # a photo whose match with a phrase to leave out is likelier than not is dropped
+SAMPLE = 2000  # photos of the library that a query's cosines are compared with
+NO_PHOTOS = np.zeros(0, np.int64), np.zeros(0, np.float32)
+SPARE = 3  # candidates for each one that is wanted, where some will be left out
 
 
 @dataclass(frozen=True)
@@ -26,15 +39,21 @@ class SearchResult:
     """A photo that answers a query, and why.
 
     Attributes:
-        itc: cosine with the query, -1 to 1. itm: the matching model's own probability, 0 to 1.
+        itc: cosine with the query, -1 to 1; None where the query is a filter alone.
+        itm: the matching model's own probability, 0 to 1.
         probability: calibrated match probability. Both are None where the result was not re-ranked.
         question, answer: what was asked of the results, and this photo's answer (None: it could not be read).
+        itc_rank, text_rank: its place among the photos found by their vectors, and by the words beside them; None
+            where it is not among them.
+        likely: whether it is above the cut: likelier to be meant than not, or all of the words stand beside it; None
+            where it was not re-ranked.
+        explainer: what `explain` asks; None where the query had no words.
     """
 
     rank: int
     photo_id: int
     path: str
-    itc: float
+    itc: float | None
     itm: float | None
     probability: float | None
     caption: str | None
@@ -42,10 +61,24 @@ class SearchResult:
     model: str
     question: str | None = None
     answer: str | None = None
+    itc_rank: int | None = None
+    text_rank: int | None = None
+    likely: bool | None = None
+    explainer: Callable | None = field(default=None, repr=False, compare=False)
+
+    def explain(self, word: str | None = None):
+        """Where the photo shows a word, or all words of the query side by side: heat maps over it, as a PIL image.
+
+        Raises QueryError where there are no words.
+        """
+        if self.explainer is None:
+            raise QueryError("there is no word to explain: ask library.explain(photo, words)")
+        return self.explainer(word)
 
     def as_dict(self) -> dict:
         """As JSON values; question and answer only where something was asked."""
-        values = asdict(self)
+        values = asdict(replace(self, explainer=None))
+        del values["explainer"]
         values["taken_at"] = self.taken_at.isoformat() if self.taken_at else None
         if self.question is None:
             del values["question"], values["answer"]
@@ -68,11 +101,33 @@ class TextResult:
 
 
 class SearchResults(list):
-    """Results, best first, with how many of the candidates the second stage read and how long it all took."""
+    """Results, best first, and how they came about.
 
-    def __init__(self, results: Iterable, *, reranked: int = 0, candidates: int = 0, seconds: float = 0.0):
+    Attributes:
+        reranked: how many of the candidates the second stage read. seconds: what it all took.
+        cut: how many of the results are likely: they are the first ones; None where nothing was re-ranked.
+        query: the Query as it was understood, None where there was none.
+        notice: a sentence for people where the model does not read the words as they are meant (indexer.language).
+    """
+
+    def __init__(
+        self,
+        results: Iterable,
+        *,
+        reranked: int = 0,
+        candidates: int = 0,
+        seconds: float = 0.0,
+        query: Query | None = None,
+        notice: str | None = None,
+    ):
         super().__init__(results)
-        self.reranked, self.candidates, self.seconds = reranked, candidates, seconds
+        self.reranked, self.candidates, self.seconds, self.query = reranked, candidates, seconds, query
+        self.notice = notice
+
+    @property
+    def cut(self) -> int | None:
+        judged = [hit.likely for hit in self if getattr(hit, "likely", None) is not None]
+        return sum(judged) if judged or self.reranked else None
 
 
 def nearest_cosines(cosines: np.ndarray) -> np.ndarray:
@@ -82,25 +137,58 @@ def nearest_cosines(cosines: np.ndarray) -> np.ndarray:
 
 def one_vector(vectors: np.ndarray) -> np.ndarray:
     """A picture as a query: its unit vector [E]; of several [Q, E], their direction together."""
-    if vectors.ndim == 1:
-        return vectors
-    total = vectors.sum(0)
-    return total / max(np.linalg.norm(total), 1e-12)
+    return vectors if vectors.ndim == 1 else unit(vectors.sum(0))
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """[E] -> the unit vector of its direction."""
+    return vector / max(np.linalg.norm(vector), 1e-12)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A candidate with all that the stages said of it; `score` orders those that were read."""
+
+    photo_id: int
+    itc: float | None
+    itc_rank: int | None
+    text_rank: int | None
+    itm: float | None = None
+    probability: float | None = None
+    likely: bool | None = None
+    score: float = 0.0
 
 
 class Searcher:
     """Answers queries over one catalog with one model.
 
     Args:
-        encoder: a blipcore encoder. index: its vectors, level with the catalog. load_picture: photo id -> picture.
+        encoder: a blipcore encoder. index: its vectors, level with the catalog. open_query: an example -> a picture.
     """
 
     def __init__(self, catalog: Catalog, index: VectorIndex, encoder, model_row, reranker: Reranker, open_query):
         self.catalog, self.index, self.encoder = catalog, index, encoder
         self.model, self.reranker, self.open_query = model_row, reranker, open_query
+        self.texts = FullText(catalog)
         self._known_texts: dict[str, np.ndarray] = {}
+        self._sampled: tuple[int, np.ndarray] | None = None
 
-    def search(
+    def with_texts(self, texts: FullText) -> "Searcher":
+        """This searcher with another full text."""
+        other = copy(self)
+        other.texts = texts
+        return other
+
+    def search(self, query: Query, *, top_k: int = 20, **options) -> SearchResults:
+        """The best `top_k` photos for a query; the best `rerank` of the first stage are read by the second.
+
+        Args:
+            options: as `stages` takes them.
+        """
+        *_, last = self.stages(query, top_k=top_k, first=False, **options)
+        return last
+
+    def stages(
         self,
         query: Query,
         *,
@@ -108,36 +196,45 @@ class Searcher:
         rerank: int = 100,
         budget_seconds: float | None = None,
         min_probability: float | None = None,
-    ) -> SearchResults:
-        """The best `top_k` photos for a query; the best `rerank` of the first stage are read by the second."""
-        started = time.monotonic()
-        rerank = rerank if query.text and self.encoder.can_match else 0
-        among = self._among(query)
-        ids, itc = self._candidates(self.vector(query), max(top_k, rerank), among)
-        if query.without:
-            ids, itc = self._exclude(ids, itc, query.without)
-        margins = self.reranker.score(query.text, ids[:rerank].tolist(), budget_seconds) if rerank else {}
-        scored = self._ordered(ids, itc, margins)
-        if min_probability is not None:
-            scored = [row for row in scored if row[3] is not None and row[3] >= min_probability]
-        return SearchResults(
-            self._results(scored[:top_k]),
-            reranked=len(margins),
-            candidates=len(ids),
-            seconds=time.monotonic() - started,
-        )
+        likely: bool = False,
+        first: bool = True,
+    ) -> Iterator[SearchResults]:
+        """The results of the first stage at once and, where there is a second one, its results when they are ready.
 
-    def similar(self, photo_id: int, top_k: int = 20, where=None) -> SearchResults:
-        """Photos whose vectors lie next to this one's; the photo itself is left out."""
+        Args:
+            min_probability: leave out results below it, and those that were not re-ranked.
+            likely: leave out results below the cut, and those that were not re-ranked.
+            first: False yields the last results alone.
+        """
         started = time.monotonic()
-        vector = next((v for _, v in self.catalog.vectors(self.model.id, [photo_id])), None)
-        if vector is None:
+        words = self._reading(query)
+        rerank = rerank if query.text and self.encoder.can_match and words.matches else 0
+        found = self._candidates(query, max(top_k, rerank))
+        excluded = Exclusion(query.without, found, self)
+
+        def results(rows: list[_Row], read: int, last: bool) -> SearchResults:
+            rows = [row for row in rows if not last or _passes(row, min_probability, likely)]
+            spent = time.monotonic() - started
+            hits = self._results(rows[:top_k])
+            if query.text and self.encoder.can_match:
+                hits = [replace(hit, explainer=partial(self._explain, hit.photo_id, query.text)) for hit in hits]
+            counts = {"reranked": read, "candidates": len(found), "seconds": spent}
+            return SearchResults(hits, query=query, notice=words.notice, **counts)
+
+        if first or not rerank:
+            kept = excluded.by_vectors() if rerank else excluded.by_matching(top_k, budget_seconds)
+            yield results(self._rows(found.only(kept), {}, query), 0, last=not rerank)
+        if rerank:
+            kept = found.only(excluded.by_matching(max(top_k, rerank), budget_seconds))
+            left = None if budget_seconds is None else max(0.0, budget_seconds - (time.monotonic() - started))
+            margins = self.reranker.score(query.text, kept.ids[:rerank].tolist(), left)
+            yield results(self._rows(kept, margins, query), len(margins), last=True)
+
+    def similar(self, photo_id: int, top_k: int = 20, where: Where | None = None) -> SearchResults:
+        """Photos whose vectors lie next to this one's; the photo itself is left out."""
+        if next(self.catalog.vectors(self.model.id, [photo_id]), None) is None:
             return SearchResults([])
-        among = self._among(Query(text="-", where=where))
-        ids, itc = self._candidates(one_vector(vector[0]), top_k + 1, among)
-        others = ids != photo_id
-        scored = [(int(i), float(s), None, None) for i, s in zip(ids[others], itc[others], strict=True)][:top_k]
-        return SearchResults(self._results(scored), candidates=len(ids), seconds=time.monotonic() - started)
+        return self.search(Query((Term(photo=photo_id),), where=(where,) if where else ()), top_k=top_k)
 
     def describe(self, picture, texts: dict[str, int | None], top_k: int = 5, rerank: int = 32) -> SearchResults:
         """The texts that fit a picture best. `texts` maps each text to a photo that carries it, or None."""
@@ -145,7 +242,7 @@ class Searcher:
         lines = list(texts)
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
-        itc = nearest_cosines(self._text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
+        itc = nearest_cosines(self.text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
         order = np.argsort(-itc, kind="stable")[: max(top_k, rerank)]
         margins = {}
         if self.encoder.can_match:
@@ -153,24 +250,52 @@ class Searcher:
             pairs = np.stack([np.zeros(len(best), int), np.arange(len(best))], 1)
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
-        scored = self._ordered(order, itc[order], margins)[:top_k]
+        rows = [self._row(int(i), float(itc[i]), margins.get(int(i))) for i in order]
         results = [
-            TextResult(rank, lines[i], cosine, itm, probability, texts[lines[i]])
-            for rank, (i, cosine, itm, probability) in enumerate(scored, start=1)
+            TextResult(rank, lines[row.photo_id], row.itc, row.itm, row.probability, texts[lines[row.photo_id]])
+            for rank, row in enumerate(_ordered(rows)[:top_k], start=1)
         ]
         return SearchResults(results, reranked=len(margins), candidates=len(lines), seconds=time.monotonic() - started)
 
-    def vector(self, query: Query) -> np.ndarray:
-        """The query's unit vector float32 [E]: of its words, its picture, or half way between the two."""
-        vectors = []
-        if query.text:
-            vectors.append(self.encoder.embed_texts([query.text])[0])
-        if query.image is not None:
-            vectors.append(one_vector(self.encoder.embed_images([self.open_query(query.image)])[0]))
-        total = np.sum(vectors, axis=0)
-        return total / max(np.linalg.norm(total), 1e-12)
+    # -- the first stage ------------------------------------------------------------------------------------
 
-    def _text_vectors(self, lines: list[str]) -> np.ndarray:
+    def _reading(self, query: Query) -> Reading:
+        """What the model makes of the query's words. Raises QueryError for words to leave out that it cannot read."""
+        for phrase in query.without:
+            if not (left_out := reading(phrase, self.encoder)).finds:
+                raise QueryError(left_out.notice)
+        return reading(query.text, self.encoder) if query.text else Reading()
+
+    def _explain(self, photo_id: int, text: str, word: str | None):
+        from blipcore.heat_map import sheet
+
+        picture = self.reranker.load_picture(photo_id)
+        maps = self.encoder.explain(picture, text, None if word is None else [word])
+        if word is None or not maps:
+            return sheet(picture, maps, text)
+        return maps[0].image(picture)
+
+    def vector(self, query: Query) -> np.ndarray | None:
+        """The query's unit vector float32 [E]: the weighted sum of its words' and pictures'; None without any.
+
+        Words that the model cannot read are not among them.
+        """
+        terms = [term for term in query.terms if term.text is None or reading(term.text, self.encoder).finds]
+        if not terms:
+            return None
+        return unit(np.sum([term.weight * self._term_vector(term) for term in terms], axis=0))
+
+    def _term_vector(self, term: Term) -> np.ndarray:
+        if term.text is not None:
+            return self.encoder.embed_texts([term.text])[0]
+        if isinstance(term.photo, int):
+            found = next(self.catalog.vectors(self.model.id, [term.photo]), None)
+            if found is None:
+                raise QueryError(f"the library has no photo {term.photo} to compare with: give an id from a search")
+            return one_vector(found[1][0])
+        return one_vector(self.encoder.embed_images([self.open_query(term.photo)])[0])
+
+    def text_vectors(self, lines: list[str]) -> np.ndarray:
         """Unit vectors float32 [T, E]; a library's captions are embedded once, not once a photo."""
         if len(self._known_texts) > KNOWN_TEXTS:
             self._known_texts.clear()
@@ -180,57 +305,111 @@ class Searcher:
             self._known_texts.update(zip(part, self.encoder.embed_texts(part), strict=True))
         return np.stack([self._known_texts[line] for line in lines])
 
-    def _among(self, query: Query) -> np.ndarray | None:
-        condition = compile_filter(query.where)
-        return None if condition is None else self.catalog.searchable_ids(self.model.id, condition)
+    def cosines(self, ids: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """Of photos in the index with a unit vector [E]. -> float32 [n]."""
+        if not len(ids):
+            return np.zeros(0, np.float32)
+        return np.clip(nearest_cosines(self.index.vectors(ids) @ vector), -1, 1)
 
-    def _candidates(self, vector: np.ndarray, k: int, among) -> tuple[np.ndarray, np.ndarray]:
+    def background(self, vector: np.ndarray) -> tuple[float, float]:
+        """Mean and standard deviation of a query's cosines over the library: what an average photo has."""
+        if self._sampled is None or self._sampled[0] != self.index.generation:
+            ids = np.sort(self.index.ids())
+            some = np.random.default_rng(0).choice(ids, min(len(ids), SAMPLE), replace=False)
+            self._sampled = self.index.generation, self.index.vectors(some)
+        sample = nearest_cosines(self._sampled[1] @ vector)
+        return float(sample.mean()), float(sample.std())
+
+    def nearest(self, vector: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest photos of a unit vector [E]. -> (ids int64 [n], cosines float32 [n]), best first."""
         if not len(self.index) or k <= 0 or (among is not None and not len(among)):
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         scores, ids = self.index.search(vector[None], k, among)
         found = ids[0] >= 0
         return ids[0][found], np.clip(scores[0][found], -1, 1)  # float16 vectors are not exactly of unit length
 
-    def _exclude(self, ids: np.ndarray, itc: np.ndarray, phrases) -> tuple[np.ndarray, np.ndarray]:
-        """Drop candidates that the matching model finds likelier than not to show one of the phrases."""
-        shown: set[int] = set()
-        for phrase in phrases:
-            vector = self.encoder.embed_texts([phrase])[0]
-            margins = self.reranker.score(phrase, ids.tolist())
-            for part, vectors in self.catalog.vectors(self.model.id, margins):
-                read = np.array([margins[photo_id] for photo_id in part.tolist()])
-                probability = self.encoder.scoring.probability(read, nearest_cosines(vectors @ vector))
-                shown.update(part[probability >= EXCLUSION_PROBABILITY].tolist())
-        keep = ~np.isin(ids, list(shown))
-        return ids[keep], itc[keep]
+    def _candidates(self, query: Query, wanted: int) -> Candidates:
+        """Photos that may answer, best first by both lists; all pass the filters."""
+        wanted = wanted * SPARE if query.without else wanted
+        vector = self.vector(query)
+        condition = compile_filters(query.where)
+        if vector is None and not query.text:
+            return self._newest(condition, wanted)
+        among = None if condition is None else self.catalog.searchable_ids(self.model.id, condition)
+        wanted += len(query.photo_ids)
+        ids, itc = NO_PHOTOS if vector is None else self.nearest(vector, wanted, among)
+        searchable = np.sort(self.index.ids()) if among is None else among
+        found = fuse(ids, self.texts.search(query.text, wanted, searchable) if query.text else NOTHING)
+        if vector is None:  # words that the model cannot read are looked for beside the photos alone
+            return found.only(~np.isin(found.ids, query.photo_ids))
+        known = dict(zip(ids.tolist(), itc.tolist(), strict=True))
+        others = found.ids[found.itc_ranks == 0]
+        known |= dict(zip(others.tolist(), self.cosines(others, vector).tolist(), strict=True))
+        found = replace(found, cosines=np.array([known[i] for i in found.ids.tolist()], np.float32))
+        return found.only(~np.isin(found.ids, query.photo_ids))
 
-    def _ordered(self, ids, itc, margins: dict) -> list[tuple[int, float, float | None, float | None]]:
-        """(id, itc, itm, probability), re-ranked ones first by their fused score, the others by cosine."""
+    def _newest(self, condition, wanted: int) -> Candidates:
+        """Photos that pass a filter, the newest first: all there is to go by where nothing is looked for."""
+        query = select(Photo.id).join(Embedding, Embedding.photo_id == Photo.id)
+        query = query.where(Embedding.model_id == self.model.id, is_present(Photo.id))
+        query = query if condition is None else query.where(condition)
+        rows = self.catalog.rows(query.order_by(Photo.taken_at.desc().nulls_last(), Photo.id.desc()).limit(wanted))
+        ids = np.array([row.id for row in rows], np.int64)
+        nothing = np.zeros(len(ids), np.int64)
+        return Candidates(ids, None, nothing.astype(np.float32), nothing, nothing)
+
+    # -- the order ------------------------------------------------------------------------------------------
+
+    def _rows(self, found: Candidates, margins: dict[int, float], query: Query) -> list[_Row]:
+        """Candidates in their final order: those that were read by what speaks for them, then the others as found."""
+        cosines = [None] * len(found) if found.cosines is None else found.cosines.tolist()
+        ranks = zip(found.itc_ranks.tolist(), found.text_ranks.tolist(), found.strengths.tolist(), strict=True)
+        rows = [
+            self._row(photo_id, cosine, margins.get(photo_id), strength, itc_rank or None, text_rank or None)
+            for photo_id, cosine, (itc_rank, text_rank, strength) in zip(
+                found.ids.tolist(), cosines, ranks, strict=True
+            )
+        ]
+        named = [row.photo_id for row in rows if row.itm is not None and (query.is_exact or row.text_rank)]
+        sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
+        return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
+
+    def _row(self, photo_id, cosine, margin, strength=0.0, itc_rank=None, text_rank=None) -> _Row:
+        if margin is None:
+            return _Row(photo_id, cosine, itc_rank, text_rank)
         from blipcore.calibration import sigmoid
 
         scoring = self.encoder.scoring
-        read, rest = [], []
-        for item, cosine in zip(np.asarray(ids).tolist(), np.asarray(itc).tolist(), strict=True):
-            if item in margins:
-                margin = margins[item]
-                probability = float(scoring.probability(margin, cosine))
-                read.append((float(scoring.fused(margin, cosine)), item, cosine, float(sigmoid(margin)), probability))
-            else:
-                rest.append((item, cosine, None, None))
-        read.sort(key=lambda row: -row[0])
-        return [row[1:] for row in read] + rest
+        odds = float(scoring.log_odds(margin, cosine, strength))
+        itm, probability = float(sigmoid(margin)), float(sigmoid(odds))
+        order = float(scoring.fused(margin, cosine)) * scoring.scale + scoring.text_weight * strength
+        return _Row(photo_id, cosine, itc_rank, text_rank, itm, probability, probability >= 0.5, order)
 
-    def _results(self, scored: list) -> list[SearchResult]:
-        photos = self.catalog.photo_rows([row[0] for row in scored])
+    def _results(self, rows: list[_Row]) -> list[SearchResult]:
+        photos = self.catalog.photo_rows([row.photo_id for row in rows])
         results = []
-        for photo_id, itc, itm, probability in scored:
-            photo = photos.get(photo_id)
+        for row in rows:
+            photo = photos.get(row.photo_id)
             if photo is None or photo["path"] is None:  # went missing since the index was brought level
                 continue
             results.append(
                 SearchResult(
-                    len(results) + 1, photo_id, photo["path"], round(itc, 5), itm, probability,
-                    photo["caption"], photo["taken_at"], self.model.name,
+                    len(results) + 1, row.photo_id, photo["path"], None if row.itc is None else round(row.itc, 5),
+                    row.itm, row.probability, photo["caption"], photo["taken_at"], self.model.name,
+                    itc_rank=row.itc_rank, text_rank=row.text_rank, likely=row.likely,
                 )
             )  # fmt: skip
         return results
+
+
+def _ordered(rows: Iterable[_Row]) -> list[_Row]:
+    """Those that the second stage read first, the likely ones by their score; the others stay as they were."""
+    rows = list(rows)
+    read = sorted((row for row in rows if row.itm is not None), key=lambda row: (not row.likely, -row.score))
+    return read + [row for row in rows if row.itm is None]
+
+
+def _passes(row: _Row, min_probability: float | None, likely: bool) -> bool:
+    if min_probability is not None and (row.probability is None or row.probability < min_probability):
+        return False
+    return bool(row.likely) or not likely

@@ -21,7 +21,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import chdir, closing, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from platformdirs import user_runtime_path
@@ -31,6 +32,7 @@ from indexer.config import LibraryPaths, default_library
 from indexer.errors import ModelError, PhotoblipError
 
 MAX_MESSAGE = 16 << 20
+USAGE = 2  # the exit status of a wrong command line
 HEADER = struct.Struct(">I")
 CONNECT_SECONDS = 1.0
 READ_SECONDS = 5.0  # for a message that has been announced
@@ -38,6 +40,7 @@ TURN_SECONDS = 5.0  # for another command's answer to be done
 ANSWER_SECONDS = 600.0
 MODEL_SETTINGS = ("PHOTOBLIP_MODELS", "CUDA_VISIBLE_DEVICES", "PHOTOBLIP_DEVICE_MAP", "PHOTOBLIP_QUANTIZE")
 MAX_LIBRARIES = 3  # each holds its own model and index
+TERMINAL_SETTINGS = ("TERM", "COLORTERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
 class Unanswered(Exception):
@@ -52,7 +55,15 @@ class NotRunning(Unanswered):
 
 
 def _hits(hits) -> dict:
-    return {"rows": [hit.as_dict() for hit in hits], "reranked": hits.reranked, "seconds": hits.seconds}
+    understood = hits.query.summary() if hits.query else None
+    return {
+        "rows": [hit.as_dict() for hit in hits],
+        "reranked": hits.reranked,
+        "seconds": hits.seconds,
+        "cut": hits.cut,
+        "notice": hits.notice,
+        "query": understood,
+    }
 
 
 def _search(photos, **options) -> dict:
@@ -96,13 +107,18 @@ def answer(library: Path | None, command: str, options: dict, note: Callable[[st
     """
     mode, running = os.environ.get("PHOTOBLIP_SERVE", ""), True
     folder = (library or default_library()).expanduser().absolute()
+    if process := _answering.get():
+        _check_answerable(folder, options)
+        return process.answer(folder, command, options)
     try:
         if mode != "never":
+            if why := _unanswered.get():
+                raise why
             return _answered_elsewhere(folder, command, options)
     except Unanswered as why:
         running = not isinstance(why, NotRunning)
         note(str(why))
-    from indexer.library import PhotoLibrary
+    from indexer import PhotoLibrary
 
     with PhotoLibrary.open(library, create=False) as photos:
         answered = COMMANDS[command](photos, **options)
@@ -111,21 +127,60 @@ def answer(library: Path | None, command: str, options: dict, note: Callable[[st
     return answered
 
 
+_answering: ContextVar["WarmProcess | None"] = ContextVar("answering", default=None)  # this very process is warm
+_unanswered: ContextVar[Unanswered | None] = ContextVar("unanswered", default=None)  # why it need not be asked again
+
+
+def printed(arguments: list[str]) -> dict | None:
+    """A command's exit "status" and the "pieces" that it prints, each with its stream: the warm process runs its line.
+
+    This process then needs no parser and no console, which take longer to import than the answer takes. None: the
+    command is to run here; its mistakes in usage are, too.
+    """
+    _unanswered.set(None)
+    if os.environ.get("PHOTOBLIP_SERVE") == "never":
+        return None
+    command, *rest = arguments
+    try:
+        library = ["--library", str(default_library().expanduser().absolute())]  # what else the command line says wins
+        line = [command, *library, *rest]
+        return ask_server("print", arguments=line, folder=os.getcwd(), terminal=_terminal()) or None  # noqa: PTH109
+    except (Unanswered, PhotoblipError, OSError) as why:
+        _unanswered.set(why if isinstance(why, Unanswered) else Unanswered(str(why)))
+        return None
+
+
+def _terminal() -> dict:
+    """What decides how a command prints: whether anybody sees it, how wide, in which colours."""
+    width = os.environ.get("COLUMNS", "")
+    for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__):
+        with suppress(AttributeError, ValueError, OSError):
+            width = width if width.isdigit() else str(os.get_terminal_size(stream.fileno()).columns)
+    settings = {name: os.environ[name] for name in TERMINAL_SETTINGS if name in os.environ}
+    seen = {"stdout": sys.stdout.isatty(), "stderr": sys.stderr.isatty()}
+    return {**seen, "width": int(width) if width.isdigit() else 80, "environment": settings}
+
+
 def _answered_elsewhere(folder: Path, command: str, options: dict) -> dict:
     """The warm process's answer; a path goes out whole, and an error comes back with the path as it was given."""
     path_option = PATH_OPTION.get(command)
     whole = given = options.get(path_option)
     if given is not None and not given.isdecimal():
         whole = os.path.abspath(os.path.expanduser(given))  # noqa: PTH100, PTH111 - strings, as the catalog has them
-    if not LibraryPaths(folder).catalog.exists():
-        raise Unanswered("there is no library")
-    if not {options.get("model"), options.get("ask_model")} <= {None, *KNOWN_MODELS}:
-        raise Unanswered("a model folder is read anew each time")
+    _check_answerable(folder, options)
     try:
         sent = options if given is None else {**options, path_option: whole}
         return ask_server(command, library=str(folder), options=sent)
     except PhotoblipError as error:
         raise PhotoblipError(str(error).replace(str(whole), str(given))) from error
+
+
+def _check_answerable(folder: Path, options: dict) -> None:
+    """Raises Unanswered for what each command does by itself."""
+    if not LibraryPaths(folder).catalog.exists():
+        raise Unanswered("there is no library")
+    if not {options.get("model"), options.get("ask_model")} <= {None, *KNOWN_MODELS}:
+        raise Unanswered("a model folder is read anew each time")
 
 
 def start_detached(folder: Path) -> None:
@@ -172,7 +227,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 def build_id() -> str:
     """What must be equal on both sides: the program, the packages it runs with, the bundled model, the settings."""
     root = Path(__file__).parents[1]
-    patterns = ("indexer/*.py", "blipcore/*.py", "blipcore/models/*.py", "blipcore/bundled/*/*")
+    patterns = ("indexer/**/*.py", "blipcore/*.py", "blipcore/models/**/*.py", "blipcore/bundled/*/*")
     files = [file for pattern in patterns for file in sorted(root.glob(pattern))]
     settings = [os.environ.get(name, "") for name in MODEL_SETTINGS]
     digest = hashlib.sha256(repr([sys.executable, sys.version, settings]).encode("utf-8", "surrogateescape"))
@@ -338,6 +393,7 @@ class WarmProcess(socketserver.ThreadingTCPServer):
 
     Args:
         idle_seconds: how long nobody may ask. open_library: folder -> an open PhotoLibrary.
+        run: (arguments, terminal) -> what the command line prints, as `printed`; None: only answers are given.
 
     Raises:
         PhotoblipError: another one is running, or the place cannot be used.
@@ -351,6 +407,7 @@ class WarmProcess(socketserver.ThreadingTCPServer):
         *,
         idle_seconds: float = 1800,
         open_library: Callable | None = None,
+        run: Callable[[list[str], dict], dict] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         from filelock import FileLock, Timeout
@@ -367,7 +424,7 @@ class WarmProcess(socketserver.ThreadingTCPServer):
         self.socket = self.place.listen()
         self.timeout = min(0.5, idle_seconds / 4)  # between two looks at the clock
         self.build, self.stopping, self.requests = build_id(), False, 0
-        self._open = open_library or _open_library
+        self._open, self._run = open_library or _open_library, run
         self._libraries: dict[Path, tuple] = {}
         self._turn, self._worker = threading.Lock(), ThreadPoolExecutor(1)
         self._started = self._used = clock()
@@ -397,7 +454,7 @@ class WarmProcess(socketserver.ThreadingTCPServer):
     def _warm(self, folder: Path) -> None:
         photos = self._library(folder)
         photos.searcher().encoder.embed_texts(["a photo"])
-        photos.catalog.close()
+        photos.close()
 
     def replies(self, message: dict) -> Iterator[dict]:
         """What a request gets, in order: a refusal, or the turn and then the answer."""
@@ -414,7 +471,9 @@ class WarmProcess(socketserver.ThreadingTCPServer):
         elif message.get("build") != self.build:
             yield {"refused": "it is of another build"}
             self.stopping = build_id() != self.build  # the program was replaced under it: make room for its successor
-        elif command not in COMMANDS:
+        elif command == "print" and self._run is None:
+            yield {"answer": {}}
+        elif command not in {*COMMANDS, "print"}:
             yield {"refused": f"it has no command {command!r}"}
         else:
             yield from self._in_turn(command, message)
@@ -434,15 +493,33 @@ class WarmProcess(socketserver.ThreadingTCPServer):
 
     def _work(self, command: str, message: dict) -> dict:
         try:
-            photos = self._library(Path(message["library"]))
-            try:
-                return {"answer": COMMANDS[command](photos, **message["options"])}
-            finally:
-                photos.catalog.close()  # it opens again when asked
+            if command == "print":
+                return {"answer": self._print(message)}
+            return {"answer": self.answer(Path(message["library"]), command, message["options"])}
         except (PhotoblipError, ModelError) as error:
             return {"error": str(error)}
         except Exception as error:  # the command meets it too, and shows it to its user
             return {"refused": f"it failed ({error!r})"}
+
+    def answer(self, folder: Path, command: str, options: dict) -> dict:
+        """One of COMMANDS over a library."""
+        photos = self._library(folder)
+        try:
+            return COMMANDS[command](photos, **options)
+        finally:
+            photos.close()  # it opens again when asked
+
+    def _print(self, message: dict) -> dict:
+        """What a whole command line prints; nothing where its own process has to run it."""
+        answering = _answering.set(self)
+        try:
+            with chdir(message["folder"]):  # its paths are meant from there; this thread alone has relative ones
+                whole = self._run(message["arguments"], message["terminal"])
+        except Unanswered:
+            return {}
+        finally:
+            _answering.reset(answering)
+        return {} if whole["status"] == USAGE else whole
 
     def _library(self, folder: Path):
         """An open library, the last MAX_LIBRARIES of them kept; opened anew where its catalog is another file."""
@@ -480,6 +557,6 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 
 def _open_library(folder: Path):
-    from indexer.library import PhotoLibrary
+    from indexer import PhotoLibrary
 
     return PhotoLibrary.open(folder, create=False)

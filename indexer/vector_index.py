@@ -1,22 +1,36 @@
-"""FAISS behind eight verbs: add, remove, search, ids, vectors, save, load, len. The index is derived from the catalog.
+"""Cosine search behind a few verbs: add, remove, search, ids, vectors, save, load, len. Derived from the catalog.
 
-Vectors are unit length, so the inner product is the cosine. They are stored as float16 in a flat index, which
-is exact to 1e-3 and fast to a few hundred thousand photos (Johnson et al. 2017; faiss.ai).
+Vectors are unit length, so the inner product is the cosine. They are kept as float16, which is exact to 1e-3, in a form
+that suits their number: one list that is read whole, exactly, up to a few hundred thousand vectors; beyond, many lists
+of which a query reads a few (indexer.index_lists), trained and tuned when `retrain` is called (indexer.index_tuning).
 
-Some models give a photo several vectors (BLIP-2: 32): all stand under the photo's id, and a photo counts by the nearest
-of them, exactly as the paper scores.
+Some models give a photo several vectors (BLIP-2: 32): a photo counts by the nearest of them, exactly as the paper
+scores.
 """
 
+import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import faiss
 import numpy as np
 
+from indexer import index_gpu, index_tuning
 from indexer.errors import LibraryError
+from indexer.index_file import append_notes, kind_of, read_notes
+from indexer.index_lists import VectorLists
 
-KIND = "flat-fp16"
+log = logging.getLogger(__name__)
+
+BLOCK = 256  # queries searched at once: their distances to all centroids are held in memory
+EXACT_SHARE = 0.02  # of the photos: a filter that leaves fewer has all lists read, which costs little more
+DENSE_SHARE = 0.15  # where all is read, a filter that leaves more is applied to the best of it: faster than skipping
+FILTER_SLACK = 0.02  # added to the margin under a filter: an album's photos are unlike the library's (0.013 measured)
+SPARSE_IDS = 64  # times as high as there are photos may ids go for a bitmap
+COPIED_AT_ONCE = 5000  # photos: how long a search waits for new lists being made
+GPU_PAYS = 50_000_000  # vectors compared since the last removal, after which a copy on the GPU pays
 
 
 class VectorIndex:
@@ -26,18 +40,28 @@ class VectorIndex:
         per_photo: how many vectors a photo has, the same for all.
     """
 
-    kind = KIND
-
     def __init__(self, dim: int):
         self.dim, self.per_photo = dim, 1
         self.generation = -1  # of the catalog, when this index was last level with it
-        self._lock = threading.RLock()
-        flat = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        self._index = faiss.IndexIDMap2(flat)
+        self._lists = VectorLists.flat(dim)  # a photo's vectors have the labels id * per_photo + 0, 1, ...
+        self._ids = np.zeros(0, np.int64)  # sorted
+        self._notes: dict = {}  # of the training: lists, trained, imbalance, margin, recall, captions
+        self._lock = threading.RLock()  # held by every reader, and where something changes
+        self._changes = threading.RLock()  # held from the first to the last of what must see one state; taken first
+        self._changed: list[np.ndarray] | None = None  # ids added and removed while new lists are made
+        self._training = threading.Lock()
+        self._gpu, self._compared = None, 0
 
     def __len__(self) -> int:
         """How many photos."""
-        return self._index.ntotal // self.per_photo
+        return len(self._ids)
+
+    @property
+    def kind(self) -> str:
+        """How it searches, in a line for people."""
+        return kind_of({**self._notes, "lists": self._lists.count})
+
+    # -- changes --------------------------------------------------------------------------------------------
 
     def add(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """ids int64 [n], vectors float32 [n, dim] or [n, per_photo, dim]. An id that is there already is replaced."""
@@ -46,75 +70,232 @@ class VectorIndex:
         each = vectors.shape[1] if vectors.ndim == 3 else 1
         if len(vectors) != len(ids) or vectors.shape[-1] != self.dim or (len(self) and each != self.per_photo):
             raise ValueError(f"vectors are {vectors.shape}, expected {(len(ids), self.per_photo, self.dim)}")
-        with self._lock:
+        if (np.diff(np.sort(ids)) == 0).any():
+            raise ValueError("an id is given twice: each photo has its vectors once")
+        with self._changes, self._lock:
+            self.remove(ids)
             self.per_photo = each
-            known = np.intersect1d(ids, self.ids())
-            if len(known):
-                self.remove(known)
-            if len(ids):
-                self._index.add_with_ids(vectors.reshape(-1, self.dim), np.repeat(ids, each))
+            labels, vectors = self._labels(ids), vectors.reshape(-1, self.dim)
+            self._lists.add(labels, vectors)
+            self._ids = np.sort(np.concatenate([self._ids, ids]))
+            self._note(ids)
+            if self._gpu:
+                self._to_gpu(labels, vectors)
 
     def remove(self, ids: np.ndarray) -> int:
         """Forget these ids; unknown ones are ignored. -> how many went. One call costs a pass: batch."""
-        with self._lock:
-            if not len(ids):
-                return 0
-            return self._index.remove_ids(np.ascontiguousarray(ids, np.int64)) // self.per_photo
+        with self._changes, self._lock:
+            known = self._here(np.unique(np.asarray(ids, np.int64)))
+            if len(known):
+                self._lists.remove(self._labels(known))
+                self._ids = np.delete(self._ids, np.searchsorted(self._ids, known))
+                self._note(known)
+                self._gpu, self._compared = None, 0
+            return len(known)
+
+    def _labels(self, ids: np.ndarray) -> np.ndarray:
+        return (ids[:, None] * self.per_photo + np.arange(self.per_photo)).ravel()
+
+    def _here(self, ids: np.ndarray) -> np.ndarray:
+        """Those of the ids that are there."""
+        at = np.searchsorted(self._ids, ids)
+        known = at < len(self._ids)
+        known[known] = self._ids[at[known]] == ids[known]
+        return ids[known]
+
+    def _note(self, ids: np.ndarray) -> None:
+        if self._changed is not None:
+            self._changed.append(ids)
+
+    # -- search ---------------------------------------------------------------------------------------------
 
     def search(self, vectors: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest photos of each query, best first.
+        """The k nearest photos of each query, best first, equal ones in the order of their ids.
+
+        Exact in one list, and where `among` leaves few; from many lists, of the recall that `kind` names.
 
         Args:
             vectors: float32 [q, dim].
             among: int64 ids to choose from; all where None.
 
         Returns:
-            (cosines float32 [q, k], ids int64 [q, k]); where there are fewer than k, id -1 and cosine -inf.
+            (cosines float32 [q, k], ids int64 [q, k]), k at most the number of photos; where fewer than k are to
+            choose from, id -1 and cosine -inf.
         """
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        parameters = None
-        if among is not None:
-            selector = faiss.IDSelectorBatch(np.ascontiguousarray(among, np.int64))
-            parameters = faiss.SearchParameters(sel=selector)
+        queries = np.ascontiguousarray(vectors, np.float32)
         with self._lock:
             wanted = max(1, min(k, len(self)))
-            depth = wanted
-            while True:
-                scores, ids = self._index.search(vectors, depth, params=parameters)
-                scores[ids == -1] = -np.inf
-                if self.per_photo == 1:
-                    return scores, ids
-                # the nearest vectors are sorted, so the first of a photo is its nearest one
-                scores, ids, complete = _first_of_each(scores, ids, wanted)
-                if complete or depth >= min(wanted * self.per_photo, self._index.ntotal):
-                    return scores, ids
-                depth = min(2 * depth, wanted * self.per_photo, self._index.ntotal)
+            scores = np.full((len(queries), wanted), -np.inf, np.float32)
+            ids = np.full((len(queries), wanted), -1, np.int64)
+            chosen = None if among is None else _Chosen(among, self._ids, self.per_photo)
+            if len(self) and (chosen is None or chosen.share):
+                for at in range(0, len(queries), BLOCK):
+                    part = slice(at, at + BLOCK)
+                    scores[part], ids[part] = self._search(queries[part], wanted, chosen)
+        return scores, ids
+
+    def _search(self, queries: np.ndarray, wanted: int, chosen) -> tuple[np.ndarray, np.ndarray]:
+        """Ever deeper, until each query has its photos and all those that are as near as the last of them."""
+        scores = np.empty((len(queries), wanted), np.float32)
+        ids = np.empty((len(queries), wanted), np.int64)
+        rows, depth = np.arange(len(queries)), wanted + 1
+        while len(rows):
+            depth = min(depth, len(self._lists))
+            found, labels = self._nearest(queries[rows], depth, chosen)
+            best = _best_photos(found, labels // self.per_photo, wanted, self.per_photo > 1)
+            scores[rows], ids[rows], complete = best
+            complete |= depth == len(self._lists)
+            rows, depth = rows[~complete], 2 * depth
+        return scores, ids
+
+    def _nearest(self, queries: np.ndarray, depth: int, chosen) -> tuple[np.ndarray, np.ndarray]:
+        """(cosines, labels) [q, depth] of the nearest vectors, -inf and -1 where there are fewer."""
+        if chosen is None:
+            return self._nearest_of_all(queries, depth)
+        margin = self._notes.get("margin")
+        if chosen.share >= DENSE_SHARE and (margin is None or self._gpu):
+            deep = min(int(2 * depth / chosen.share), len(self._lists))
+            scores, labels = self._nearest_of_all(queries, deep)
+            scores[~chosen.holds(labels // self.per_photo)] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+            scores = np.take_along_axis(scores, order, axis=1)
+            if deep == len(self._lists) or np.isfinite(scores[:, -1]).all():
+                labels = np.take_along_axis(labels, order, axis=1)
+                return scores, np.where(np.isfinite(scores), labels, -1)
+        exact = margin is None or chosen.share < EXACT_SHARE
+        return self._lists.search(queries, depth, None if exact else margin + FILTER_SLACK, chosen.selector)
+
+    def _nearest_of_all(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        self._compared += len(queries) * len(self._lists)
+        if self._gpu is None and self._compared >= GPU_PAYS:
+            self._gpu = index_gpu.on_gpu(self._lists) or False  # False: not asked again until photos go
+        if self._gpu and depth <= index_gpu.DEEPEST:
+            return self._gpu.search(queries, depth)
+        return self._lists.search(queries, depth, self._notes.get("margin"))
+
+    def _to_gpu(self, labels: np.ndarray, vectors: np.ndarray) -> None:
+        try:
+            self._gpu.add(labels, vectors)
+        except RuntimeError as error:
+            log.warning("the GPU cannot take %d more vectors, so the CPU searches: %s", len(labels), error)
+            self._gpu = False
+
+    # -- what is there --------------------------------------------------------------------------------------
 
     def ids(self) -> np.ndarray:
-        """All photos' ids, int64 [n], in storage order."""
-        with self._lock:
-            return faiss.vector_to_array(self._index.id_map).reshape(-1, self.per_photo)[:, 0].copy()
+        """All photos' ids, int64 [n], sorted."""
+        return self._ids.copy()
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """The stored vectors of ids that are there, float32 [n, dim], or [n, per_photo, dim] of several."""
-        ids = np.ascontiguousarray(ids, np.int64)
         with self._lock:
-            if self.per_photo == 1:
-                return self._index.reconstruct_batch(ids)
-            held = self.ids()
-            order = np.argsort(held)
-            places = order[np.searchsorted(held, ids, sorter=order)]
-            rows = (places[:, None] * self.per_photo + np.arange(self.per_photo)).ravel()
-            return self._index.index.reconstruct_batch(rows).reshape(len(ids), self.per_photo, self.dim)
+            found = self._lists.vectors(self._labels(np.asarray(ids, np.int64)))
+            return found if self.per_photo == 1 else found.reshape(len(ids), self.per_photo, self.dim)
+
+    # -- training -------------------------------------------------------------------------------------------
+
+    def due(self) -> bool:
+        """Whether `retrain` would give the index a form that suits it better."""
+        with self._lock:
+            return index_tuning.retraining_due(self._lists, self._notes)
+
+    def retrain(
+        self, queries: Callable[[], np.ndarray | None] | None = None, stop: Callable[[], bool] | None = None
+    ) -> bool:
+        """Make new lists beside those in use, then take them; search and changes go on meanwhile.
+
+        Args:
+            queries: gives unit vectors float32 [q, dim] of texts as people search; made-up ones fill what is missing.
+            stop: asked every second or so; True ends the work and leaves everything as it was.
+
+        Returns:
+            False where it was stopped, or another thread is at it.
+        """
+        if not self._training.acquire(blocking=False):
+            return False
+        try:
+            with self._changes:
+                self._changed, ids = [], self._ids
+            lists, notes = self._new_lists(ids, queries or (lambda: None), stop or (lambda: False))
+            with self._changes, self._lock:
+                self._catch_up(lists)
+                self._lists, self._notes = lists, notes
+                self._gpu, self._compared = None, 0
+        except index_tuning.Stopped:
+            return False
+        finally:
+            self._changed = None
+            self._training.release()
+        return True
+
+    def retrain_beside(self, queries: Callable[[], np.ndarray | None], done: Callable[[], object]) -> None:
+        """`retrain` where it is due, in a thread, then call `done`. The thread ends soon after the program does."""
+        if self._training.locked() or not self.due():
+            return
+
+        def work() -> None:
+            faiss.omp_set_num_threads(1)  # of this thread alone: the others are for searching
+            main = threading.main_thread()
+            try:
+                if self.retrain(queries, stop=lambda: not main.is_alive()):
+                    done()
+            except Exception as error:  # search goes on with the old lists, whatever it was
+                log.warning("the index keeps its form, a better one could not be made: %s", error)
+
+        threading.Thread(target=work, name="retrain", daemon=False).start()
+
+    def _new_lists(self, ids: np.ndarray, queries: Callable, stop: Callable) -> tuple[VectorLists, dict]:
+        count = index_tuning.lists_for(len(ids) * self.per_photo)
+        if count == 1:
+            lists = VectorLists.flat(self.dim)
+        else:
+            share = min(1, index_tuning.EXAMPLES * count / (len(ids) * self.per_photo))
+            sample = np.random.default_rng(0).choice(ids, int(share * len(ids)), replace=False)
+            sample = self.vectors(np.sort(sample)).reshape(-1, self.dim)
+            lists = VectorLists(index_tuning.train_centroids(sample, count, stop))
+        self._fill(lists, ids, stop)
+        notes = {"lists": count}
+        if count > 1:
+            given = queries()
+            given = np.zeros((0, self.dim), np.float32) if given is None else given[: index_tuning.QUERIES]
+            made_up = index_tuning.made_up_queries(sample, index_tuning.QUERIES - len(given))
+            both = np.random.default_rng(0).permutation(np.concatenate([given, made_up]))
+            margin, recall = index_tuning.tune(lists, np.ascontiguousarray(both, np.float32))
+            notes |= {"trained": len(lists), "imbalance": lists.imbalance(), "captions": len(given)}
+            notes |= {"margin": margin, "recall": recall}
+        return lists, notes
+
+    def _fill(self, lists: VectorLists, ids: np.ndarray, stop: Callable) -> None:
+        """Copy photos into new lists, a few at a time; those that go meanwhile are left to `_catch_up`."""
+        for at in range(0, len(ids), COPIED_AT_ONCE):
+            if stop():
+                raise index_tuning.Stopped
+            with self._lock:
+                part = self._here(ids[at : at + COPIED_AT_ONCE])
+                vectors = self.vectors(part).reshape(-1, self.dim)
+                labels = self._labels(part)
+            lists.add(labels, vectors)
+
+    def _catch_up(self, lists: VectorLists) -> None:
+        """Make new lists level with what changed while they were made."""
+        changed = np.unique(np.concatenate([*self._changed, np.zeros(0, np.int64)]))
+        if len(changed):
+            lists.remove(self._labels(changed))
+            here = self._here(changed)
+            lists.add(self._labels(here), self.vectors(here).reshape(-1, self.dim))
+
+    # -- files ----------------------------------------------------------------------------------------------
 
     def save(self, file: Path) -> None:
         """Write aside and rename: a reader sees the old index or the new one, never half of one."""
-        aside = file.with_name(f"{file.name}.{os.getpid()}.part")
+        aside = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock:
-                faiss.write_index(self._index, str(aside))
-            aside.replace(file)
+            _remove_leftovers(file)
+            with self._changes:  # searches go on
+                self._lists.write(aside)
+                append_notes(aside, {**self._notes, "lists": self._lists.count, "per_photo": self.per_photo})
+                aside.replace(file)
         except (RuntimeError, OSError) as error:
             aside.unlink(missing_ok=True)
             raise LibraryError(
@@ -124,31 +305,90 @@ class VectorIndex:
     @classmethod
     def load(cls, file: Path, dim: int) -> "VectorIndex":
         """Read a saved index. Raises ValueError where the file is absent, damaged, or of another width."""
+        notes = read_notes(file)
+        index = cls(dim)
         try:
-            index = faiss.read_index(str(file))
+            if not notes:
+                return _old_index(index, file)
+            lists = VectorLists.read(file)
         except RuntimeError as error:
             raise ValueError(f"{file} is not a readable index") from error
-        if index.d != dim:
-            raise ValueError(f"{file} holds vectors of width {index.d}, expected {dim}")
-        if not isinstance(index, faiss.IndexIDMap2):
-            raise ValueError(f"{file} holds no ids")
-        loaded = cls(dim)
-        loaded._index = index
-        ids = faiss.vector_to_array(index.id_map)
-        loaded.per_photo = int((ids == ids[0]).sum()) if len(ids) else 1
-        return loaded
+        if lists.dim != dim:
+            raise ValueError(f"{file} holds vectors of width {lists.dim}, expected {dim}")
+        index._lists, index._notes, index.per_photo = lists, notes, notes.get("per_photo", 1)
+        index._ids = np.sort(lists.labels())[:: index.per_photo] // index.per_photo
+        return index
 
 
-def _first_of_each(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Sorted hits [q, depth] with repeated ids -> (scores, ids [q, k] of each id's first hit, whether k were found).
+class _Chosen:
+    """The photos of a filter, as FAISS asks for them and as numpy does.
 
-    Where a search has no more hits (id -1), fewer than k are all there are.
+    Attributes:
+        share: of the index's photos, 0 to 1. selector: over labels.
     """
-    best = np.full((len(ids), k), -np.inf, np.float32), np.full((len(ids), k), -1, np.int64)
-    complete = True
+
+    def __init__(self, among: np.ndarray, ids: np.ndarray, per_photo: int):
+        among = np.asarray(among, np.int64)
+        among = among[(among >= 0) & (among <= ids[-1])] if len(ids) else among[:0]
+        self.share = min(1.0, len(among) / max(len(ids), 1))
+        self._flags = None
+        if len(among) and ids[-1] < SPARSE_IDS * len(ids):
+            self._flags = np.zeros(ids[-1] + 1, bool)
+            self._flags[among] = True
+            self._bits = np.packbits(np.repeat(self._flags, per_photo), bitorder="little")
+            self.selector = faiss.IDSelectorBitmap(self._bits)
+        else:
+            self._among = among
+            self.selector = faiss.IDSelectorBatch((among[:, None] * per_photo + np.arange(per_photo)).ravel())
+
+    def holds(self, ids: np.ndarray) -> np.ndarray:
+        """Which of these ids of the index, or -1, are chosen: bool of their shape."""
+        if self._flags is not None:
+            return self._flags[ids] & (ids >= 0)
+        return np.isin(ids, self._among)
+
+
+def _best_photos(scores: np.ndarray, ids: np.ndarray, wanted: int, several: bool):
+    """Each photo's nearest of found vectors [q, depth] under photos' ids, which repeat where photos have several.
+
+    Returns:
+        (cosines [q, wanted], ids [q, wanted], complete [q]: whether a deeper search would change nothing).
+    """
+    best = np.full((len(ids), wanted), -np.inf, np.float32), np.full((len(ids), wanted), -1, np.int64)
+    complete = np.zeros(len(ids), bool)
     for row in range(len(ids)):
-        _, first = np.unique(ids[row], return_index=True)
-        first = np.sort(first[ids[row][first] >= 0])[:k]
-        best[0][row, : len(first)], best[1][row, : len(first)] = scores[row, first], ids[row, first]
-        complete &= len(first) == k or bool((ids[row] == -1).any())
+        order = np.lexsort((ids[row], -scores[row]))
+        row_scores, row_ids = scores[row][order], ids[row][order]
+        exhausted = row_ids[-1] == -1
+        first = np.flatnonzero(row_ids >= 0)
+        if several:
+            first = first[np.sort(np.unique(row_ids[first], return_index=True)[1])]
+        first = first[:wanted]
+        best[0][row, : len(first)], best[1][row, : len(first)] = row_scores[first], row_ids[first]
+        # one that was not reached may be as near as the last of them
+        complete[row] = exhausted or (len(first) == wanted and row_scores[-1] < row_scores[first[-1]])
     return *best, complete
+
+
+def _remove_leftovers(file: Path) -> None:
+    """Files that processes left behind which died while they wrote an index."""
+    for aside in file.parent.glob(f"{file.name}.*.part"):
+        import psutil
+
+        pid = aside.name.removeprefix(f"{file.name}.").partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            aside.unlink(missing_ok=True)
+
+
+def _old_index(index: VectorIndex, file: Path) -> VectorIndex:
+    """An index as it was written before there were notes: one list, under the photos' ids themselves."""
+    old = faiss.read_index(str(file))
+    if old.d != index.dim:
+        raise ValueError(f"{file} holds vectors of width {old.d}, expected {index.dim}")
+    if not isinstance(old, faiss.IndexIDMap2):
+        raise ValueError(f"{file} holds no ids")
+    ids = faiss.vector_to_array(old.id_map)
+    each = int((ids == ids[0]).sum()) if len(ids) else 1
+    vectors = faiss.downcast_index(old.index).reconstruct_n(0, len(ids)).reshape(-1, each, index.dim)
+    index.add(ids[::each], vectors if each > 1 else vectors[:, 0])
+    return index

@@ -1,5 +1,6 @@
 """A predictable encoder: a photo's vector is its mean colour, a text's the colour it names. Free of torch."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from PIL import Image
 
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
+from blipcore.heat_map import HeatMap
 
 NAMED = {
     "red": (230, 20, 20),
@@ -44,8 +46,11 @@ class ColourEncoder:
         """[B, 1, 3]: the mean colour is the only token."""
         return pixels.reshape(len(pixels), -1, 3).mean(1, keepdims=True).astype(np.float32)
 
-    def separate_tokens(self, pixels: np.ndarray) -> list[np.ndarray]:
-        return list(self.image_tokens(pixels))
+    def pack_tokens(self, tokens: np.ndarray, form: str = "int8") -> list[bytes]:
+        return [row.tobytes() for row in tokens]
+
+    def unpack_tokens(self, records: Sequence[bytes]) -> np.ndarray:
+        return np.stack([np.frombuffer(record, np.float32).reshape(1, 3) for record in records])
 
     def embed_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return _vectors(np.asarray(tokens)[:, 0])
@@ -63,6 +68,13 @@ class ColourEncoder:
         """A margin that is positive for the named colour only."""
         cosines = self.embed_tokens(tokens)[pairs[:, 0]] * self.embed_texts(texts)[pairs[:, 1]]
         return (20 * (cosines.sum(1) - 0.9)).astype(np.float32)
+
+    def explain(self, image, text: str, words: Sequence[str] | None = None) -> list[HeatMap]:
+        """A map a word: how near each of the 8 by 8 patches is to the colour that the word names."""
+        patches = _vectors(_pixels(image).reshape(-1, 3).astype(np.float32))
+        words = re.findall(r"\w+", text) if words is None else words
+        likeness = [np.clip(patches @ vector, 0, 1) for vector in (self.embed_texts(words) if words else ())]
+        return [HeatMap(word, each.reshape(SIZE, SIZE)) for word, each in zip(words, likeness, strict=True)]
 
     def caption(self, images: Sequence, judge=None) -> list[Caption]:
         names = list(NAMED)

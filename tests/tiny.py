@@ -27,6 +27,13 @@ def tiny_config(dropout: float = 0.0):
     return blip_config(vision=(32, 2, 2), text=(32, 2, 2), image_size=32, dropout=dropout)
 
 
+def hub_config(dropout: float = 0.0):
+    """The tiny shape as transformers' BlipConfig."""
+    from transformers import BlipConfig
+
+    return BlipConfig.from_dict(tiny_config(dropout).to_dict())
+
+
 def tiny_blip(seed: int = 0, **parts) -> Blip:
     """A random tiny Blip in evaluation mode, with weights large enough that differences show."""
     torch.manual_seed(seed)
@@ -91,7 +98,7 @@ def hub_mirror(folder: Path) -> Path:
         ("Salesforce/blip-image-captioning-base", BlipForConditionalGeneration),
         ("Salesforce/blip-vqa-base", BlipForQuestionAnswering),
     ):
-        kind(tiny_config()).save_pretrained(folder / repository)
+        kind(hub_config()).save_pretrained(folder / repository)
         shutil.copy(TOKENIZER, folder / repository)
         (folder / repository / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     return folder

@@ -6,15 +6,16 @@ from itertools import chain
 import streamlit as st
 
 from app import components, state
+from app.texts import _, marked
 
 LONGEST = 2000  # letters of a question
-DOES = {"ask": "answers", "chat": "conversation", "ground": "pointing"}
+DOES = {"ask": marked("answers"), "chat": marked("conversation"), "ground": marked("pointing")}
 
 
 @st.fragment  # a model may speak for a minute: the rest of the page stays as it is
 def section(photo_id: int) -> None:
     with st.container(key="talk"), components.errors_as_words():
-        st.subheader("Talk about this photo")
+        st.subheader(_("Talk about this photo"))
         models = state.library().able_models()
         above = st.container()
         earlier_answers(photo_id)
@@ -38,14 +39,14 @@ def talk(photo_id: int, models: dict[str, frozenset[str]]) -> None:
     with words:  # last: what is drawn after words that are being written is grey
         turns = conversation(photo_id, model, chatty="chat" in models[model])
     if turns:
-        head.button("Start over", icon=":material/restart_alt:", on_click=turns.clear)
+        head.button(_("Start over"), icon=":material/restart_alt:", on_click=turns.clear)
 
 
 def choose(models: dict[str, frozenset[str]]) -> str:
     """The model to talk with: the one of the photo before, as long as it is there."""
     names, before = list(models), st.session_state.get("talked-with")
     model = st.selectbox(
-        "Model",
+        _("Model"),
         names,
         index=names.index(before) if before in names else 0,
         key="talk-model",
@@ -56,7 +57,7 @@ def choose(models: dict[str, frozenset[str]]) -> str:
 
 
 def does(abilities: frozenset[str]) -> list[str]:
-    return [words for ability, words in DOES.items() if ability in abilities]
+    return [_(words) for ability, words in DOES.items() if ability in abilities]
 
 
 # -- words ----------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def conversation(photo_id: int, model: str, chatty: bool) -> list[dict]:
             with message(turn["role"]):
                 st.markdown(spoken(turn["content"]))
     latest = st.container()
-    label = "Say something about this photo" if chatty else "Ask a single question"
+    label = _("Say something about this photo") if chatty else _("Ask a single question")
     said = st.chat_input(label, key=f"say-{photo_id}-{model}", max_chars=LONGEST)
     if said and said.strip():
         with latest:
@@ -84,12 +85,12 @@ def reply(photo_id: int, model: str, turns: list[dict], said: str, chatty: bool)
     with message("user"):
         st.markdown(spoken(said))
     with message("assistant"), components.errors_as_words():
-        with st.spinner("Looking at the photo"):
+        with st.spinner(_("Looking at the photo")):
             pieces = kept(words_of(photo_id, model, turns, said, chatty), turns, said)
             first = next(pieces, "")
         st.write_stream(spoken(piece) for piece in chain([first], pieces))
         if len(turns) == before:
-            st.caption("The model had nothing to say.")
+            st.caption(_("The model had nothing to say."))
 
 
 def words_of(photo_id: int, model: str, turns: list[dict], said: str, chatty: bool) -> Iterator[str]:
@@ -125,16 +126,16 @@ def pointing(photo_id: int, model: str) -> None:
     """A phrase, and the photo with boxes around what it names."""
     with st.form("point", border=False), st.container(horizontal=True, vertical_alignment="bottom", key="point-row"):
         phrase = st.text_input(
-            "Point at",
+            _("Point at"),
             key="phrase",
-            placeholder="Point at: the dog's left ear",
+            placeholder=_("Point at: the dog's left ear"),
             label_visibility="collapsed",
             max_chars=LONGEST,
         ).strip()
-        sent = st.form_submit_button("Point", icon=":material/my_location:")
+        sent = st.form_submit_button(_("Point"), icon=":material/my_location:")
     key = f"boxes-{photo_id}-{model}"
     if sent and phrase:
-        with st.spinner("Looking for it"):
+        with st.spinner(_("Looking for it")):
             st.session_state[key] = phrase, state.library().ground(photo_id, phrase, model=model)
     if key in st.session_state:
         show_boxes(photo_id, *st.session_state[key])
@@ -144,16 +145,23 @@ def cannot_point(model: str, models: dict[str, frozenset[str]]) -> None:
     others = [components.model_name(name) for name, can in models.items() if "ground" in can]
     if others:
         name = components.model_name(model)
-        st.caption(components.plain(f"{name} cannot point at things: choose {' or '.join(others)}."))
+        words = _("{model} cannot point at things: choose {others}.")
+        st.caption(components.plain(words.format(model=name, others=_(" or ").join(others))))
     else:
         components.no_model("ground")
 
 
 def show_boxes(photo_id: int, phrase: str, boxes: list) -> None:
     if boxes:
-        st.image(state.library().draw_boxes(photo_id, boxes), alt=f"where the photo shows {phrase}", width="stretch")
+        st.image(
+            state.library().draw_boxes(photo_id, boxes),
+            alt=_("where the photo shows {word}").format(word=phrase),
+            width="stretch",
+        )
     else:
-        st.info(f"Nothing was found for {components.plain(phrase)}.", icon=":material/search_off:")
+        st.info(
+            _("Nothing was found for {phrase}.").format(phrase=components.plain(phrase)), icon=":material/search_off:"
+        )
 
 
 # -- the catalog ----------------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ def earlier_answers(photo_id: int) -> None:
     """Each question that the catalog has, with the answers of all models that were asked."""
     answers: dict[str, list[str]] = {}
     for row in state.library().photo(photo_id)["answers"]:
-        answers.setdefault(f"{row['question']}?", []).append(row["answer"] or "(no words)")
+        answers.setdefault(f"{row['question']}?", []).append(row["answer"] or _("(no words)"))
     if answers:
-        with st.expander(f"Answered before ({len(answers)})", icon=":material/history:"):
+        with st.expander(_("Answered before ({count})").format(count=len(answers)), icon=":material/history:"):
             components.facts_table({asked: " · ".join(dict.fromkeys(said)) for asked, said in answers.items()})

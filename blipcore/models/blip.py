@@ -1,4 +1,4 @@
-"""BLIP: a vision tower and one text tower used three ways (ITC, ITM, LM), on the transformers modules.
+"""BLIP: a vision tower and one text tower used three ways (ITC, ITM, LM).
 
 Li et al., "BLIP: Bootstrapping Language-Image Pre-training", 2022; salesforce/BLIP `models/blip_pretrain.py`.
 Shapes: B pairs, N image tokens (class token first), D vision width, T text tokens, H text width, E = 256.
@@ -7,11 +7,10 @@ Shapes: B pairs, N image tokens (class token first), D vision width, T text toke
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.blip.configuration_blip import BlipConfig
-from transformers.models.blip.modeling_blip import BlipAttention, BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
-from blipcore.models.text import attend
+from blipcore.models.config import BlipConfig
+from blipcore.models.text_tower import TextDecoder, TextTower, tie_lm_head
+from blipcore.models.vision_tower import VisionTower
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
 
@@ -23,34 +22,11 @@ def starting_with(token_id: int, input_ids: Tensor) -> Tensor:
     return replaced
 
 
-def tie_lm_head(decoder: BlipTextLMHeadModel) -> None:
-    """The LM head's matrix is the word embedding; its two biases are one (as transformers ties them)."""
-    head = decoder.cls.predictions
-    head.decoder.weight = decoder.bert.embeddings.word_embeddings.weight
-    head.decoder.bias = head.bias
-
-
-class SdpaAttention(BlipAttention):
-    """The tower's self-attention through PyTorch's fused kernel: transformers has eager only for BLIP."""
-
-    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:
-        """hidden_states [B, N, D] -> ([B, N, D], None): the weights are never materialised."""
-        b, n, d = hidden_states.shape
-        qkv = self.qkv(hidden_states).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
-        if qkv.requires_grad and qkv.device.type == "cpu" and not self.dropout.p:
-            context = attend(query, key, value)  # the fused kernel's backward takes twice as long there
-        else:
-            dropout = self.dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
-        return self.projection(context.transpose(1, 2).reshape(b, n, d)), None
-
-
 class Blip(nn.Module):
     """Vision tower, text encoder (ITC and ITM) and text decoder (LM), shared as BLIP's pretraining shares them.
 
     Args:
-        config: transformers' BlipConfig; the hub's BLIP checkpoints carry one.
+        config: as the hub's BLIP checkpoints carry it.
         retrieval: build the text encoder, the projections and the ITM head.
         captioning: build the text decoder.
         tied: encoder and decoder share everything but self-attention (BLIP's pretraining ties; the published
@@ -63,17 +39,15 @@ class Blip(nn.Module):
         super().__init__()
         self.config = config
         text, vision = config.text_config, config.vision_config
-        self.vision_model = BlipVisionModel(vision)
-        for layer in self.vision_model.encoder.layers:
-            layer.self_attn = SdpaAttention(vision)
+        self.vision_model = VisionTower(vision)
         if retrieval:
-            self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+            self.text_encoder = TextTower(text)
             self.vision_proj = nn.Linear(vision.hidden_size, config.image_text_hidden_size)
             self.text_proj = nn.Linear(text.hidden_size, config.image_text_hidden_size)
             self.itm_head = nn.Linear(text.hidden_size, 2)
             self.temp = nn.Parameter(torch.tensor(0.07))
         if captioning:
-            self.text_decoder = BlipTextLMHeadModel(text)
+            self.text_decoder = TextDecoder(text)
         if retrieval and captioning and tied:
             self._share_text_weights()
 
@@ -105,7 +79,7 @@ class Blip(nn.Module):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] -> image tokens [B, N, D], after the final norm."""
-        return self.vision_model(pixel_values=pixel_values).last_hidden_state
+        return self.vision_model(pixel_values)
 
     def encode_until(self, pixel_values: Tensor, block: int) -> Tensor:
         """Pixels -> tokens [B, N, D] as they enter vision block number `block`: what a frozen prefix computes."""
@@ -134,7 +108,7 @@ class Blip(nn.Module):
 
     def encode_texts(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text alone, `[CLS]` first: [B, T] -> unit vectors [B, E] for ITC."""
-        hidden = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.text_encoder(input_ids, attention_mask)
         return self.unit(self.text_proj, hidden[:, 0])
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -143,22 +117,12 @@ class Blip(nn.Module):
         `[ENC]` is put at position 0, as BLIP's training and retrieval evaluation do (its demo and transformers
         forget it, and score differently).
         """
-        hidden = self.text_encoder(
-            starting_with(self.enc_token_id, input_ids),
-            attention_mask=attention_mask,
-            encoder_hidden_states=image_embeds,
-        ).last_hidden_state
+        hidden = self.text_encoder(starting_with(self.enc_token_id, input_ids), attention_mask, image_embeds)
         return self.itm_head(hidden[:, 0].to(self.itm_head.weight.dtype))
 
     def decode(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The decoder's causal states [B, T, H], with `[DEC]` at position 0."""
-        return self.text_decoder.bert(
-            starting_with(self.dec_token_id, input_ids),
-            attention_mask=attention_mask,
-            encoder_hidden_states=image_embeds,
-            use_cache=False,
-            is_decoder=True,
-        ).last_hidden_state
+        return self.text_decoder.states(starting_with(self.dec_token_id, input_ids), attention_mask, image_embeds)
 
     def lm_logits(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Next-token logits [B, T, V] of the decoder."""

@@ -8,11 +8,12 @@ Shapes: B statements of T tokens, N image tokens of width D, H text width.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.blip.configuration_blip import BlipConfig, BlipTextConfig
-from transformers.models.blip.modeling_blip import BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextModel, BlipTextSelfAttention
 
-from blipcore.models.blip import Blip, SdpaAttention, starting_with
+from blipcore.models.blip import Blip, starting_with
+from blipcore.models.config import BlipConfig, TextConfig
+from blipcore.models.text_tower import Heads, TextTower
+from blipcore.models.vision_tower import VisionTower
+from blipcore.models.weights import draw_weights
 
 MAX_TOKENS = 64  # of a statement: BLIP cuts it at 40 words, and at no number of tokens
 
@@ -20,7 +21,7 @@ MAX_TOKENS = 64  # of a statement: BLIP cuts it at 40 words, and at no number of
 class TwinOutput(nn.Module):
     """The two contexts become one: their mean, or (`merge`) a linear layer over both; then residual and norm."""
 
-    def __init__(self, config: BlipTextConfig, merge: bool):
+    def __init__(self, config: TextConfig, merge: bool):
         super().__init__()
         width = config.hidden_size
         self.dense0, self.dense1 = nn.Linear(width, width), nn.Linear(width, width)
@@ -36,24 +37,19 @@ class TwinOutput(nn.Module):
 
 
 class TwinCrossAttention(nn.Module):
-    """In a layer of transformers' text tower, in place of its one cross-attention."""
+    """In a layer of the text tower, in place of its one cross-attention."""
 
-    def __init__(self, config: BlipTextConfig, merge: bool):
+    def __init__(self, config: TextConfig, merge: bool):
         super().__init__()
-        self.self0 = BlipTextSelfAttention(config, is_cross_attention=True)
-        self.self1 = BlipTextSelfAttention(config, is_cross_attention=True)
+        self.self0 = Heads(config, config.encoder_hidden_size)
+        self.self1 = Heads(config, config.encoder_hidden_size)
         self.output = TwinOutput(config, merge)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-                nn.init.zeros_(module.bias)
+        draw_weights(self, config.initializer_range)
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_) -> tuple[Tensor, None]:
-        """Text [B, T, H] and the tokens of both images [B, 2, N, D] -> ([B, T, H], None)."""
-        first, second = encoder_hidden_states.unbind(1)
-        context0, _ = self.self0(hidden_states, encoder_hidden_states=first)
-        context1, _ = self.self1(hidden_states, encoder_hidden_states=second)
-        return self.output(context0, context1, hidden_states), None
+    def forward(self, hidden: Tensor, images: Tensor, _allowed: None = None) -> Tensor:
+        """Text [B, T, H] and the tokens of both images [B, 2, N, D] -> [B, T, H]."""
+        first, second = images.unbind(1)
+        return self.output(self.self0(hidden, first), self.self1(hidden, second), hidden)
 
 
 class BlipNlvr(nn.Module):
@@ -67,10 +63,8 @@ class BlipNlvr(nn.Module):
         super().__init__()
         self.config = config
         text = config.text_config
-        self.vision_model = BlipVisionModel(config.vision_config)
-        for layer in self.vision_model.encoder.layers:
-            layer.self_attn = SdpaAttention(config.vision_config)
-        self.text_encoder = BlipTextModel(text, add_pooling_layer=False)
+        self.vision_model = VisionTower(config.vision_config)
+        self.text_encoder = TextTower(text)
         for number, layer in enumerate(self.text_encoder.encoder.layer):
             layer.crossattention = TwinCrossAttention(text, merge=number >= text.num_hidden_layers // 2)
         self.cls_head = nn.Sequential(
@@ -86,12 +80,9 @@ class BlipNlvr(nn.Module):
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Left and right images [B, 2, 3, S, S] and statements [B, T] -> logits [B, 2] (false, true)."""
-        tokens = self.vision_model(pixel_values=pixel_values.flatten(0, 1)).last_hidden_state
-        hidden = self.text_encoder(
-            starting_with(self.config.text_config.vocab_size - 1, input_ids),  # [ENC]
-            attention_mask=attention_mask,
-            encoder_hidden_states=tokens.unflatten(0, (-1, 2)),
-        ).last_hidden_state
+        tokens = self.vision_model(pixel_values.flatten(0, 1)).unflatten(0, (-1, 2))
+        ids = starting_with(self.config.text_config.vocab_size - 1, input_ids)  # [ENC]
+        hidden = self.text_encoder(ids, attention_mask, tokens)
         return self.cls_head(hidden[:, 0])
 
     def loss(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The named shapes of BLIP. A preset is a function that returns a configuration; weights come from a checkpoint.
 
-Published settings differ from transformers' defaults (12 text heads, vision eps 1e-6), so every one is written out.
+Published settings differ from the configuration's defaults, which are transformers' (12 text heads, vision eps 1e-6),
+so every one is written out.
 """
 
-from transformers.models.blip.configuration_blip import BlipConfig
+from blipcore.models.config import BlipConfig, TextConfig, VisionConfig
 
 VOCAB_SIZE = 30524  # bert-base-uncased and, after it, [DEC] = 30522 and [ENC] = 30523
 
@@ -15,31 +16,30 @@ def blip_config(
     vision_width, vision_layers, vision_heads = vision
     text_width, text_layers, text_heads = text
     return BlipConfig(
-        vision_config={
-            "hidden_size": vision_width,
-            "num_hidden_layers": vision_layers,
-            "num_attention_heads": vision_heads,
-            "intermediate_size": 4 * vision_width,
-            "image_size": image_size,
-            "patch_size": 16,
-            "layer_norm_eps": 1e-6,
-            "initializer_range": 0.02,
-        },
-        text_config={
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": text_width,
-            "num_hidden_layers": text_layers,
-            "num_attention_heads": text_heads,
-            "intermediate_size": 4 * text_width,
-            "encoder_hidden_size": vision_width,
-            "bos_token_id": 30522,
-            "eos_token_id": 102,
-            "sep_token_id": 102,
-            "pad_token_id": 0,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-            "label_smoothing": 0.1,
-        },
+        vision_config=VisionConfig(
+            hidden_size=vision_width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=vision_heads,
+            intermediate_size=4 * vision_width,
+            image_size=image_size,
+            patch_size=16,
+            layer_norm_eps=1e-6,
+            initializer_range=0.02,
+        ),
+        text_config=TextConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=text_width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=text_heads,
+            intermediate_size=4 * text_width,
+            bos_token_id=30522,
+            eos_token_id=102,
+            sep_token_id=102,
+            pad_token_id=0,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+            label_smoothing=0.1,
+        ),
         image_text_hidden_size=256,
     )
 

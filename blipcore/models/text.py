@@ -1,10 +1,16 @@
-"""BLIP's text tower with its image side computed once: several texts read one image, and every matrix is shared.
+"""BLIP's text tower arranged for speed: the same function as transformers' BlipTextModel (tests compare them).
 
-The same function as transformers' BlipTextModel (a test compares them), arranged for speed: an image's keys and
-values are projected once for all texts and for both uses (matching and captions share the cross-attention), and
-texts that read the same image are laid side by side as one long query, so nothing is copied.
+One image, many texts (`image_keys_values`, `text_states`): an image's keys and values are projected once for all its
+texts and for both uses (matching and captions share the cross-attention), and texts that read the same image are laid
+side by side as one long query, so nothing is copied.
 
-Shapes: B images, N image tokens, M texts an image (P = B * M), T text tokens, H width, h heads, d = H / h.
+One text, many images (`first_states`): the projections move to the text's side, where they are few. A head's scores
+q . (W_K x) are (W_K^T q) . x, and its context sum_n a_n (W_V x_n + b_V) is W_V (sum_n a_n x_n) + b_V, since the weights
+a_n add up to one; the key's bias adds the same to every score and cancels in the softmax. So no image's keys and values
+are ever computed: for a text of 8 tokens a fourth of the work. It is exact.
+
+Shapes: B images, N image tokens, D their width, M texts an image (P = B * M), T text tokens, H width, h heads of
+d = H / h.
 """
 
 from collections.abc import Callable
@@ -14,6 +20,11 @@ from torch import Tensor, nn
 
 KeysValues = list[tuple[Tensor, Tensor]]
 Drop = Callable[[Tensor], Tensor]
+
+
+def _keep(states: Tensor) -> Tensor:
+    """No dropout."""
+    return states
 
 
 def image_keys_values(tower: nn.Module, image_embeds: Tensor) -> KeysValues:
@@ -34,7 +45,7 @@ def text_states(
     keys_values: KeysValues | None = None,
     *,
     causal: bool = False,
-    drop: Drop = lambda states: states,
+    drop: Drop = _keep,
 ) -> Tensor:
     """Texts [P, T] -> hidden states [P, T, H].
 
@@ -60,11 +71,54 @@ def text_states(
     return hidden
 
 
-def _self_attention(layer: nn.Module, hidden: Tensor, allowed: Tensor, drop: Drop) -> Tensor:
-    own = layer.attention.self
-    query, key, value = (_heads(part(hidden), layer) for part in (own.query, own.key, own.value))
-    context = attend(query, key, value, allowed)
-    return _residual(layer.attention.output, context, hidden, drop)
+def first_states(tower: nn.Module, input_ids: Tensor, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What the first token of a text, `[ENC]`, has read of each image: float [P, H].
+
+    Args:
+        tower: transformers' BlipTextModel.
+        input_ids: [1, T], one text for all images, or [P, T], one for each, all of one length: there is no padding.
+        images: image tokens [P, N, D].
+        sizes: [P, N], how many patches each token stands for, where tokens were merged: it then draws as much
+            attention as they did together (ToMe's proportional attention, Bolya et al. 2023).
+    """
+    embeddings = tower.embeddings
+    hidden = embeddings.word_embeddings(input_ids) + embeddings.position_embeddings.weight[: input_ids.shape[1]]
+    hidden = embeddings.LayerNorm(hidden)
+    bias = None if sizes is None else sizes.log()[:, None].to(images.dtype)
+    layers = tower.encoder.layer
+    for layer in layers:
+        rows = hidden[:, :1] if layer is layers[-1] else hidden  # nobody reads the other tokens' last states
+        rows = _self_attention(layer, hidden, rows=rows)
+        context = _absorbed_context(layer, rows, images, bias)
+        rows = layer.crossattention.output.LayerNorm(layer.crossattention.output.dense(context) + rows)
+        hidden = layer.output.LayerNorm(layer.output.dense(layer.intermediate(rows)) + rows)
+    return hidden[:, 0]
+
+
+def _absorbed_context(layer: nn.Module, hidden: Tensor, images: Tensor, bias: Tensor | None) -> Tensor:
+    """Cross-attention of texts [1 or P, T, H] over image tokens [P, N, D] -> [P, T, H], before the output matrix."""
+    own = layer.crossattention.self
+    heads, size, count = own.num_attention_heads, own.attention_head_size, len(images)
+    texts, length, _ = hidden.shape
+    query = (own.query(hidden) * size**-0.5).view(texts * length, heads, size).transpose(0, 1)
+    query = query @ own.key.weight.view(heads, size, -1)  # [h, texts * T, D]
+    query = query.view(heads, texts, length, -1).transpose(0, 1).reshape(texts, heads * length, -1)
+    scores = query.expand(count, -1, -1) @ images.transpose(1, 2)  # [P, h * T, N]
+    if bias is not None:
+        scores += bias
+    pooled = scores.softmax(-1) @ images
+    pooled = pooled.view(count, heads, length, -1).transpose(0, 1).reshape(heads, count * length, -1)
+    context = pooled @ own.value.weight.view(heads, size, -1).transpose(1, 2)  # [h, P * T, d]
+    return context.transpose(0, 1).reshape(count, length, heads * size) + own.value.bias
+
+
+def _self_attention(
+    layer: nn.Module, hidden: Tensor, allowed: Tensor | None = None, drop: Drop = _keep, rows: Tensor | None = None
+) -> Tensor:
+    """Only the `rows` of hidden states [P, T, H] are asked for, where given."""
+    own, rows = layer.attention.self, hidden if rows is None else rows
+    query, key, value = (_heads(states, layer) for states in (own.query(rows), own.key(hidden), own.value(hidden)))
+    return _residual(layer.attention.output, attend(query, key, value, allowed), rows, drop)
 
 
 def _cross_attention(layer: nn.Module, hidden: Tensor, keys_values: tuple[Tensor, Tensor], drop: Drop) -> Tensor:

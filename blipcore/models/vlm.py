@@ -17,9 +17,9 @@ from transformers.models.instructblip.configuration_instructblip import Instruct
 
 from blipcore.models.bridges import JOINED, build_bridge
 from blipcore.models.qwen_vl import QwenVisionConfig, QwenVisionTower
+from blipcore.transforms import IGNORE
 
 IMAGE = -200  # stands in input_ids where an image's embeddings go; no vocabulary has it
-IGNORE = -100  # a label that is not learnt
 
 _QFORMERS = {config.model_type: config for config in (Blip2QFormerConfig, InstructBlipQFormerConfig)}
 _VISION = {  # by the configuration's model_type: EVA-CLIP's ViT-g is Blip2VisionModel, under either family's name
@@ -121,7 +121,7 @@ class Vlm(PreTrainedModel):
         self.bridge = build_bridge(
             config.bridge,
             config.vision_config.hidden_size,
-            getattr(text, "hidden_size", None) or text.d_model,
+            text.hidden_size,
             queries=config.queries,
             heads=config.bridge_heads,
             qformer_config=config.qformer_config,

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLConfig
 from blipcore.errors import ModelError
 from blipcore.models.systems import System
 from blipcore.models.templates import CUT, TEMPLATES, Segment, Template, Turn
-from blipcore.models.vlm import IGNORE, IMAGE, VlmConfig
-from blipcore.transforms import Normalizer, squash
+from blipcore.models.vlm import IMAGE, VlmConfig
+from blipcore.transforms import IGNORE, Normalizer, squash
 
 # special tokens that are part of what is said: boxes, and the phrases they belong to
 SAID = frozenset(
@@ -41,7 +41,7 @@ class VlmReader:
     Args:
         system: the preset. config: the model's own configuration, which decides sizes.
         tokenizer: the language model's. qformer_tokenizer: the instruction's, where a Q-Former reads it.
-        mean, std: of the pixels.
+        normalize: the pixels.
         max_length: tokens of a training example; what is longer is cut at its end. A prompt to answer is not cut.
 
     What people and data say never becomes one of the tokenizer's special tokens or a template's stop: "<|im_end|>"
@@ -55,14 +55,13 @@ class VlmReader:
         tokenizer: PreTrainedTokenizerBase,
         *,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
-        mean: Sequence[float],
-        std: Sequence[float],
+        normalize: Normalizer,
         max_length: int = 2048,
     ):
         self.system, self.config, self.tokenizer = system, config, tokenizer
         self.qformer_tokenizer, self.max_length = qformer_tokenizer, max_length
-        self.normalize = Normalizer(mean, std)
-        self.pictures = _patches(config, mean, std) if isinstance(config, Qwen2VLConfig) else None
+        self.normalize = normalize
+        self.pictures = _patches(config, normalize) if isinstance(config, Qwen2VLConfig) else None
         added = tokenizer.added_tokens_decoder.values()
         self._special = {token.content for token in added if token.special} - SAID
 
@@ -233,15 +232,15 @@ def squared(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
-def _patches(config: Qwen2VLConfig, mean: Sequence[float], std: Sequence[float]):
+def _patches(config: Qwen2VLConfig, normalize: Normalizer):
     """Qwen2-VL's picture reader: each side a multiple of the merged patch, between a fewest and a most of patches."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
     vision = config.vision_config
     unit = (vision.patch_size * vision.spatial_merge_size) ** 2
     return Qwen2VLImageProcessor(
-        image_mean=list(mean),
-        image_std=list(std),
+        image_mean=list(normalize.mean),
+        image_std=list(normalize.std),
         patch_size=vision.patch_size,
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,

@@ -6,32 +6,19 @@ no mask, its cross-attention drops the one it gets), so that an answer depends o
 Shapes: B questions of T tokens, A answers of L tokens, H text width.
 """
 
-import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.blip.configuration_blip import BlipConfig, BlipTextConfig
-from transformers.models.blip.modeling_blip import BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextAttention, BlipTextLMHeadModel, BlipTextModel
 
-from blipcore.models.blip import Blip, SdpaAttention, starting_with, tie_lm_head
+from blipcore.models.blip import Blip, starting_with
+from blipcore.models.config import BlipConfig, TextConfig
+from blipcore.models.generation import Limits, beam_search
+from blipcore.models.text_tower import TextDecoder, TextTower
+from blipcore.models.vision_tower import VisionTower
 
 LABEL_SMOOTHING = 0.1  # a constant of BLIP's decoder: the hub's configurations say 0
-
-
-class MaskedCrossAttention(BlipTextAttention):
-    """Cross-attention that obeys its mask: transformers' takes one and does not hand it on (5.23)."""
-
-    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None, **_):
-        """[A, L, H], additive mask [A, 1, L, T], question states [A, T, H] -> ([A, L, H], attention weights)."""
-        context, weights = self.self(
-            hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
-        return self.output(context, hidden_states), weights
 
 
 class BlipVqa(nn.Module):
@@ -40,16 +27,9 @@ class BlipVqa(nn.Module):
     def __init__(self, config: BlipConfig):
         super().__init__()
         self.config = config
-        self.vision_model = BlipVisionModel(config.vision_config)
-        for layer in self.vision_model.encoder.layers:
-            layer.self_attn = SdpaAttention(config.vision_config)
-        self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
-        self.text_decoder = BlipTextLMHeadModel(_reading_text(config.text_config))
-        for number, layer in enumerate(self.text_decoder.bert.encoder.layer):
-            masked = MaskedCrossAttention(self.text_decoder.config, is_cross_attention=True, layer_idx=number)
-            masked.load_state_dict(layer.crossattention.state_dict())
-            layer.crossattention = masked
-        tie_lm_head(self.text_decoder)
+        self.vision_model = VisionTower(config.vision_config)
+        self.text_encoder = TextTower(config.text_config)
+        self.text_decoder = TextDecoder(_reading_text(config.text_config))
 
     def start_from(self, retrieval: Blip, captioner: Blip) -> None:
         """Copy pretrained towers in: image and question from `retrieval`, the answer's decoder from `captioner`.
@@ -66,11 +46,8 @@ class BlipVqa(nn.Module):
 
     def read_question(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] and questions [B, T] -> question states [B, T, H]; `[ENC]` is put at position 0."""
-        return self.text_encoder(
-            starting_with(self.config.text_config.vocab_size - 1, input_ids),
-            attention_mask=attention_mask,
-            encoder_hidden_states=self.vision_model(pixel_values=pixel_values).last_hidden_state,
-        ).last_hidden_state
+        ids = starting_with(self.config.text_config.vocab_size - 1, input_ids)
+        return self.text_encoder(ids, attention_mask, self.vision_model(pixel_values))
 
     def loss(
         self,
@@ -109,31 +86,19 @@ class BlipVqa(nn.Module):
 
     def _decode(self, states: Tensor, states_mask: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The decoder's causal states [A, L, H], `[DEC]` at position 0."""
-        return self.text_decoder.bert(
-            starting_with(self.config.text_config.bos_token_id, input_ids),
-            attention_mask=attention_mask,
-            encoder_hidden_states=states,
-            encoder_attention_mask=states_mask,
-            use_cache=False,
-            is_decoder=True,
-        ).last_hidden_state
+        ids = starting_with(self.config.text_config.bos_token_id, input_ids)
+        return self.text_decoder.states(ids, attention_mask, states, states_mask)
 
-    @torch.no_grad()
-    def answer(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, **generation) -> Tensor:
-        """Pixels [B, 3, S, S] and questions [B, T] -> answer ids [B, L], `[DEC]` first; 3 beams as published."""
-        text = self.config.text_config
-        states = self.read_question(pixel_values, input_ids, attention_mask)
-        start = torch.full((len(input_ids), 1), text.bos_token_id, device=input_ids.device)
-        options = {"num_beams": 3, "max_length": 10, "min_length": 1, "do_sample": False, **generation}
-        return self.text_decoder.generate(
-            input_ids=start,
-            attention_mask=torch.ones_like(start),
-            encoder_hidden_states=states,
-            encoder_attention_mask=attention_mask,
-            eos_token_id=text.sep_token_id,
-            pad_token_id=text.pad_token_id,
-            **options,
-        )
+    def answer(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, *, beams: int = 3, max_length: int = 10
+    ) -> list[list[int]]:
+        """Pixels [B, 3, S, S] and questions [B, T] -> the ids of an answer each; 3 beams as published."""
+        with torch.no_grad():
+            states = self.read_question(pixel_values, input_ids, attention_mask)
+        start = torch.tensor([self.config.text_config.bos_token_id], device=input_ids.device)
+        limits = Limits(max_length, min_length=1)
+        written = beam_search(self.text_decoder, states, start, limits, beams=beams, sources_mask=attention_mask)
+        return [texts[0] for texts in written]
 
     @torch.no_grad()
     def rank_answers(
@@ -174,8 +139,6 @@ class BlipVqa(nn.Module):
         return self.text_decoder.cls(self._decode(question[None], whole, start, torch.ones_like(start)))[0, 0].float()
 
 
-def _reading_text(config: BlipTextConfig) -> BlipTextConfig:
+def _reading_text(config: TextConfig) -> TextConfig:
     """The decoder's configuration: its cross-attention reads question states, which are of the text's width."""
-    config = copy.deepcopy(config)
-    config.encoder_hidden_size = config.hidden_size
-    return config
+    return replace(config, encoder_hidden_size=config.hidden_size)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from blipcore.models.blip2 import Blip2
 from blipcore.training import distributed
-from blipcore.training.objectives import IGNORE, caption_labels, matching_loss, sample_negatives, soft_targets
+from blipcore.training.objectives import caption_labels, matching_loss, sample_negatives, soft_targets
+from blipcore.transforms import IGNORE
 
 SMOOTHING = 0.1  # of ITC's and ITG's targets
 

@@ -15,7 +15,8 @@ from blipcore.errors import ModelError
 from blipcore.hub import find_model
 from blipcore.models.blip import Blip
 from blipcore.models.blip2 import BLIP2_PRESETS, VOCAB_SIZE, Blip2
-from blipcore.training.starts import TIMM_VIT, rename, resize_positions, resized_positions
+from blipcore.models.weights import fold_biases, renamed
+from blipcore.training.starts import TIMM_VIT, resize_positions, resized_positions
 
 CLS_TOKEN_ID = 101  # what [DEC] starts as
 FRESH = ("vision_model.", "query_tokens", "vision_projection.", "text_projection.", "itm_head.", "cls.", "temp")
@@ -60,10 +61,8 @@ def load_tower(model: Blip2, start: str) -> None:
 
 def _timm_tower(file: Path) -> dict[str, Tensor]:
     state = {key.removeprefix("visual_encoder."): value.float() for key, value in load_file(file).items()}
-    for key in [key for key in state if key.endswith(".q_bias")]:  # EVA's keys have no bias
-        query, value = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
-        state[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
-    return {rename(key, TIMM_VIT): value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+    fold_biases(state)
+    return {renamed(key, TIMM_VIT): value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
 
 
 def load_words(model: Blip2, start: str) -> None:

@@ -28,12 +28,13 @@ from blipcore.models.bridges import JOINED
 from blipcore.models.qwen2_vl import Qwen2Vl
 from blipcore.models.systems import Lora, Stage, System
 from blipcore.models.templates import TEMPLATES, Turn, single
-from blipcore.models.vlm import IGNORE, Vlm
+from blipcore.models.vlm import Vlm
 from blipcore.models.vlm_reader import Example, VlmReader
 from blipcore.training import distributed
 from blipcore.training.loop import fit, parameter_groups, to_device, tower_rates
 from blipcore.training.settings import LoopSettings
 from blipcore.training.starts import resize_tower
+from blipcore.transforms import IGNORE
 from blipcore.vlm_checkpoint import load_vlm, save_vlm
 
 CAPTION_INSTRUCTIONS = (  # what an instruction stage asks where it has captions alone

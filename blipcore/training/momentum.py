@@ -39,8 +39,8 @@ class MomentumTowers(nn.Module):
     @torch.no_grad()
     def features(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [B, 3, S, S] and texts [B, T] -> unit vectors of both, float32 [B, E]."""
-        tokens = self.vision_model(pixel_values=pixel_values).last_hidden_state
-        states = self.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        tokens = self.vision_model(pixel_values)
+        states = self.text_encoder(input_ids, attention_mask)
         return Blip.unit(self.vision_proj, tokens[:, 0]), Blip.unit(self.text_proj, states[:, 0])
 
 

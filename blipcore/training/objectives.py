@@ -10,8 +10,7 @@ from torch import Tensor
 
 from blipcore.models.blip import Blip
 from blipcore.training import distributed
-
-IGNORE = -100
+from blipcore.transforms import IGNORE
 
 
 def contrastive_loss(

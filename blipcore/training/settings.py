@@ -1,6 +1,7 @@
 """What a run can be told: the settings that all recipes share, and a command line made of them."""
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -106,6 +107,13 @@ def run_recipe_cli(settings_type: type, train: Callable, about: str, arguments: 
         return train(settings)
     except (ValueError, OSError) as error:  # bad options and data that is not there: a user's to mend
         raise ModelError(str(error)) from error
+
+
+def run_and_print(settings_type: type, train: Callable, about: str, arguments: list[str] | None = None) -> Any:
+    """As `run_recipe_cli`; what `train` returns also goes to stdout, as JSON."""
+    figures = run_recipe_cli(settings_type, train, about, arguments)
+    print(json.dumps(figures))
+    return figures
 
 
 def _yes_or_no(text: str) -> bool:

@@ -1,7 +1,6 @@
-"""What a training run starts from: public weights, as key maps onto transformers' BLIP modules, and their towers
+"""What a training run starts from: public weights, as key maps onto BLIP's modules, and their towers
 made ready for another image size or for stochastic depth."""
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import stochastic_depth
-from transformers.models.blip.modeling_blip import BlipVisionModel
 
 from blipcore.checkpoint import load_folder
 from blipcore.errors import ModelError
@@ -18,6 +16,8 @@ from blipcore.hub import find_model
 from blipcore.models.blip import Blip
 from blipcore.models.nlvr import BlipNlvr, twinned
 from blipcore.models.presets import PRESETS
+from blipcore.models.vision_tower import VisionTower
+from blipcore.models.weights import renamed
 
 TIMM_VIT = {
     r"^cls_token$": "embeddings.class_embedding",
@@ -31,14 +31,6 @@ TIMM_VIT = {
 }
 
 
-def rename(key: str, key_map: dict[str, str]) -> str:
-    """The key under the first pattern that fits it; unchanged where none does."""
-    for pattern, replacement in key_map.items():
-        if re.search(pattern, key):
-            return re.sub(pattern, replacement, key)
-    return key
-
-
 def load_vision_start(model: Blip, file: Path) -> tuple[Tensor, Tensor] | None:
     """Put a timm ViT into the vision tower. -> its classifier (rows [C, D], bias [C]) where the file has one.
 
@@ -48,7 +40,7 @@ def load_vision_start(model: Blip, file: Path) -> tuple[Tensor, Tensor] | None:
     rows, bias = state.pop("head.weight", None), state.pop("head.bias", None)
     vision = model.config.vision_config
     state["pos_embed"] = resized_positions(state["pos_embed"], vision.image_size // vision.patch_size)
-    model.vision_model.load_state_dict({rename(key, TIMM_VIT): value for key, value in state.items()})
+    model.vision_model.load_state_dict({renamed(key, TIMM_VIT): value for key, value in state.items()})
     return None if rows is None else (rows, bias)
 
 
@@ -129,7 +121,7 @@ def resized_positions(positions: Tensor, grid: int) -> Tensor:
     return torch.cat([positions[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-def drop_paths(tower: BlipVisionModel, rate: float) -> None:
+def drop_paths(tower: VisionTower, rate: float) -> None:
     """Stochastic depth (Huang et al. 2016): in training, block i of n leaves each branch out for a photo with
     probability rate * i / (n - 1), and what stays is scaled up. BLIP has rate 0.1 for VQA, NLVR and ViT-L."""
     layers = tower.encoder.layers
@@ -141,8 +133,6 @@ def drop_paths(tower: BlipVisionModel, rate: float) -> None:
 def _drop_path(probability: float, branch: nn.Module, _inputs, output):
     if not branch.training or not probability:
         return output
-    if isinstance(output, tuple):  # attention gives its weights too
-        return stochastic_depth(output[0], probability, "row"), *output[1:]
     return stochastic_depth(output, probability, "row")
 
 
@@ -158,7 +148,7 @@ def load_official_nlvr(model: BlipNlvr, file: Path) -> None:
     state = {}
     for key, value in load_file(file).items():
         vision = key.removeprefix("visual_encoder.")
-        state[key if vision == key else "vision_model." + rename(vision, TIMM_VIT)] = value.float()
+        state[key if vision == key else "vision_model." + renamed(vision, TIMM_VIT)] = value.float()
     positions = "vision_model.embeddings.position_embedding"
     if positions in state:
         vision = model.config.vision_config

@@ -66,7 +66,7 @@ def indexed(browser, address, tmp_path_factory):
     page.get_by_role("link", name="Add photos").click()
     page.get_by_label("Add a folder").fill(str(photos))
     page.get_by_role("button", name="Add").click()
-    page.get_by_text(f"{len(copied)} added").wait_for(timeout=60_000)
+    page.get_by_text(f"{len(copied)} added").wait_for(timeout=180_000)
     page.close()
     return address
 
@@ -77,11 +77,16 @@ def page(browser):
     page = browser.new_page()
     page.set_default_timeout(30_000)
     page.wrong = []
-    page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda message: page.wrong.append(message.text) if is_fault(message) else None)
     page.on("pageerror", lambda error: page.wrong.append(str(error)))
     page.on("requestfailed", lambda request: page.wrong.append(f"{request.url}: {request.failure}"))
     yield page
     page.close()
+
+
+def is_fault(message) -> bool:
+    """Whether a line of the console is an error, other than Streamlit's own search for the address of its server."""
+    return message.type == "error" and "/_stcore/" not in (message.location or {}).get("url", "")
 
 
 def wait_for(server: subprocess.Popen, url: str, seconds: float = 40.0) -> None:
@@ -105,44 +110,154 @@ def search(page, words: str) -> list[str]:
 
 def results(page) -> list[str]:
     """What the photos found are called, best first: their alternative text is the caption or the file name."""
-    page.get_by_text("re-ranked").wait_for()
-    pictures = page.locator(RESULTS)
-    pictures.nth(len(demo_manifest()["photos"]) - 1).wait_for()  # the last one is drawn last
-    return [picture.get_attribute("alt") for picture in pictures.all()]
+    page.locator(".st-key-found-words").wait_for()
+    page.locator(RESULTS).first.wait_for()
+    idle(page)
+    return [picture.get_attribute("alt") for picture in page.locator(RESULTS).all()]
 
 
-def test_typed_query_puts_the_right_photo_first(page, indexed):
+def idle(page) -> None:
+    """Wait until nothing on the page is under way."""
+    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    page.wait_for_timeout(300)  # what the script said last is drawn
+
+
+def loaded(image, seconds: float = 30) -> bool:
+    image.wait_for(timeout=1000 * seconds)
+    return image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+
+
+def count_of_photos() -> int:
+    return len(demo_manifest()["photos"])
+
+
+def test_typed_query_finds_the_right_photo_and_hides_the_others_below_the_cut(page, indexed):
     page.goto(indexed)
-    assert search(page, "a cat")[0] == "cat.png"
+    assert search(page, "a cat") == ["cat.png"]
+    page.get_by_text("1 photo matches").wait_for()
+    page.get_by_role("button", name="Show less likely ones").click()
+    page.locator(RESULTS).nth(count_of_photos() - 1).wait_for()
+    assert results(page)[0] == "cat.png"
+    assert "all=1" in page.url
+    page.go_back()
+    page.get_by_text("1 photo matches").wait_for()
+    assert results(page) == ["cat.png"]
     assert page.wrong == []
 
 
-def test_photo_opens_and_back_leads_to_the_same_results(page, indexed):
-    page.goto(indexed)
-    before = search(page, "a cat")
-    page.locator(RESULTS).nth(1).click(force=True)  # the Open link lies over the picture
+def test_photo_opens_moves_to_the_next_and_leads_back_to_the_same_results(page, indexed):
+    page.goto(f"{indexed}/?q=a+cat&all=1")
+    before = results(page)
+    assert len(before) == count_of_photos()
+    page.locator(RESULTS).nth(1).click(force=True)  # the name's link lies over the picture
     page.get_by_role("heading", name=before[1]).wait_for()
     assert "photo=" in page.url
     assert loaded(page.locator(".st-key-large img"))
-    page.go_back()
+    page.get_by_text(f"2 of {len(before)}").wait_for()
+    page.get_by_role("button", name="Next").click()
+    page.get_by_role("heading", name=before[2]).wait_for()
+    page.keyboard.press("ArrowLeft")
+    page.get_by_role("heading", name=before[1]).wait_for()
+    page.get_by_role("link", name="Back to the results").click()
     assert results(page) == before
-    assert page.get_by_label("Describe a photo").input_value() == "a cat"
     page.reload()
     assert results(page) == before
     assert page.get_by_label("Describe a photo").input_value() == "a cat"
     assert page.wrong == []
 
 
+def test_dropped_photo_is_searched_for_alone_and_with_words_and_a_filter(page, indexed, tmp_path):
+    page.goto(indexed)
+    copy_demo_photos(tmp_path)
+    page.locator(".st-key-drop input[type=file]").set_input_files(tmp_path / "cat.png")
+    page.get_by_text("Photos like yours").wait_for()
+    assert results(page)[0] == "cat.png"
+    found = search(page, "a rocket")
+    assert found, "both together"
+    page.get_by_role("button", name="More").click()
+    page.get_by_label("All filters, as text").fill("type=jpg")
+    page.get_by_label("All filters, as text").press("Enter")
+    page.get_by_role("button", name="type=jpg").wait_for()
+    page.keyboard.press("Escape")
+    assert all(name.endswith(".jpg") for name in results(page))
+    page.reload()
+    assert "example=" in page.url and "where=" in page.url
+    assert results(page), "the dropped photo is still there after a reload"
+    page.get_by_role("button", name="type=jpg").click()
+    page.get_by_role("button", name="type=jpg").wait_for(state="detached")
+    assert "where=" not in page.url
+    assert page.wrong == []
+
+
+def test_why_shows_where_the_words_are(page, indexed):
+    page.goto(f"{indexed}/?q=a+red+motorcycle")
+    assert results(page)[0] == "motorcycle.png"
+    page.get_by_role("button", name="Why").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("Match probability").wait_for()
+    first_map = dialog.get_by_role("img", name="where the photo shows")
+    assert loaded(first_map, seconds=120), "the first heat map of a process waits for what it is made with"
+    dialog.get_by_role("radio", name="red").or_(dialog.get_by_role("button", name="red")).first.click()
+    assert loaded(dialog.get_by_role("img", name="where the photo shows red"))
+    page.keyboard.press("Escape")
+    dialog.wait_for(state="detached")
+    assert page.wrong == []
+
+
+def test_photo_is_captioned_and_its_words_are_kept(page, indexed):
+    page.goto(f"{indexed}/?photo=1")
+    page.get_by_role("button", name="Write a caption").click()
+    page.locator(".st-key-captions .pb-badge").wait_for()
+    page.get_by_role("button", name="Your own words").click()
+    words = page.get_by_role("textbox", name="Your own words")
+    words.fill("what I call it")
+    words.press("Enter")
+    page.get_by_text("what I call it").first.wait_for()
+    page.reload()
+    page.get_by_text("what I call it").first.wait_for()
+    assert page.wrong == []
+
+
+def test_image_to_text_writes_compares_and_finds(page, indexed, tmp_path):
+    copy_demo_photos(tmp_path)
+    page.goto(indexed)
+    page.get_by_role("link", name="Image to text").click()
+    page.locator('input[type="file"]').set_input_files(tmp_path / "cat.png")
+    page.get_by_text("sampled", exact=True).wait_for()
+    page.get_by_label("One text a line").fill("a motorcycle\na cat")
+    page.get_by_role("button", name="Compare").click()
+    page.locator(".pb-text", has_text="a motorcycle").wait_for()
+    assert page.locator(".pb-text").first.inner_text() == "a cat"
+    page.get_by_role("heading", name="Similar photos").wait_for()
+    assert page.wrong == []
+
+
 def test_page_fits_a_telephone(page, indexed):
     page.set_viewport_size({"width": 390, "height": 800})
-    page.goto(indexed)
-    search(page, "a dog")
+    page.goto(f"{indexed}/?q=a+dog&all=1")
+    results(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     first, second = (page.locator(RESULTS).nth(place).bounding_box() for place in (0, 1))
     assert first["y"] == second["y"], "two columns"
     assert page.wrong == []
 
 
-def loaded(image) -> bool:
-    image.wait_for()
-    return image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
+def test_two_browsers_search_at_once(browser, indexed):
+    pages = [browser.new_context().new_page() for _ in range(2)]
+    for page, words in zip(pages, ("a cat", "a cup of coffee"), strict=True):
+        page.goto(f"{indexed}/?q={words.replace(' ', '+')}")
+    assert [results(page)[0] for page in pages] == ["cat.png", "coffee.png"]
+    for page in pages:
+        page.context.close()
+
+
+def test_only_pictures_of_the_page_are_served(page, indexed):
+    """Neither files of the machine nor the library's own are behind the page's addresses."""
+    for path in (
+        "media/../../../../etc/passwd",
+        "app/static/catalog.sqlite",
+        "media/catalog.sqlite",
+        "..%2f..%2fetc/passwd",
+    ):
+        answer = page.request.get(f"{indexed}/{path}")
+        assert answer.status in {400, 404} or "<!doctype html>" in answer.text().lower(), path

@@ -1,18 +1,19 @@
 """The pages, run by Streamlit's own test runner over a library of coloured pictures."""
 
 import json
-import threading
-import time
 from pathlib import Path
+from urllib.parse import parse_qs
 
+import numpy as np
 import pytest
 import streamlit as st
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from app import state
+from app import finding, state
 from app.views.talk import kept
 from blipcore.grounding import Box
+from blipcore.heat_map import HeatMap
 from indexer import PhotoLibrary
 from indexer.errors import ModelError
 from tests.fakes import ColourEncoder
@@ -87,7 +88,7 @@ def library(folder, tmp_path):
         yield library
 
 
-def open_page(page: str = "", **query) -> AppTest:
+def open_page(page: str = "", /, **query) -> AppTest:
     app = AppTest.from_file(str(SCRIPT), default_timeout=20)
     for name, value in query.items():
         app.query_params[name] = value
@@ -115,16 +116,21 @@ def html(app: AppTest) -> str:
     return "\n".join(element.proto.body for element in app.get("html"))
 
 
+def captions(app: AppTest) -> str:
+    """All small print."""
+    return "\n".join(caption.value for caption in app.caption)
+
+
 def photos(app: AppTest) -> list[str]:
     """What the photos of the grid are called, in order."""
     return [image.alt for element in app.get("image") for image in element.proto.imgs]
 
 
 def search(app: AppTest, text: str = "", where: str = "") -> AppTest:
+    if where:
+        app.query_params["where"] = where
     app.text_input(key="q").set_value(text)
-    app.text_input(key="where").set_value(where)
-    app.button[0].click()
-    return app.run()
+    return button(app, "Search").click().run()
 
 
 # -- search -------------------------------------------------------------------------------------------------
@@ -158,7 +164,7 @@ def test_empty_library_leads_to_the_library_page():
 
 def test_bad_filter_says_what_is_wrong(library):
     app = search(open_page(), "red", "colour=red")
-    assert "There is no filter 'colour'" in app.error[0].value
+    assert "there is no filter 'colour'" in app.error[0].value
 
 
 def test_filter_that_nothing_passes_is_said(library):
@@ -228,8 +234,143 @@ def test_without_an_answering_model_the_way_to_one_is_said(library):
     app = open_page(q="a picture", ask="what colour?")
     assert "photoblip models download blip-vqa-base" in app.caption[-1].value
     assert len(app.expander) == 0
-    assert len(photos(app)) == 3
+    assert len(photos(app)) == 3, "the closest, though none is likely"
     assert 'class="pb-answer"' not in html(app)
+
+
+def test_results_above_the_cut_are_shown_and_the_others_on_demand(library):
+    app = search(open_page(), "something green")
+    assert photos(app) == ["meadow.png"]
+    assert "1 photo matches" in app.markdown[0].value
+    app.button(key="cut").click().run()
+    assert photos(app)[0] == "meadow.png"
+    assert sorted(photos(app)) == sorted(COLOURS)
+    assert app.query_params["all"] == "1"
+
+
+def test_nothing_likely_is_said_and_the_closest_shown(library):
+    app = open_page(q="yellow", where="file=sea")
+    assert "Nothing fits these words well" in app.markdown[0].value
+    assert photos(app) == ["sea.png"]
+
+
+def test_filters_are_chips_that_a_click_removes(library):
+    app = open_page(q="red", where='width<100 type=png file="r?se"')
+    chips = [button for button in app.button if button.key and button.key.startswith("chip-")]
+    assert [chip.label for chip in chips] == [r"width\<100", "type=png", 'file="r?se"']
+    chips[2].click().run()
+    assert app.query_params["where"] == "width<100 type=png"
+    app.button(key="clear-filters").click().run()
+    assert "where" not in app.query_params
+
+
+def test_popover_adds_a_filter_in_place_of_one_of_its_kind(library):
+    app = open_page(q="red", where="year=2022")
+    open_filter(app, "date").pills[0].set_value("2023").run()
+    assert app.query_params["where"] == "year=2023"
+    assert photos(app) == ["rose.png"]
+    open_filter(app, "camera")
+    (camera,) = (box for box in app.selectbox if box.label == "Camera")
+    assert camera.options == ["Acme One (1)"]
+    camera.set_value("Acme One").run()
+    assert app.query_params["where"] == 'year=2023 camera="Acme One"'
+
+
+def test_filter_popovers_offer_tags_and_albums_of_the_library(library, folder):
+    rose = library.photo_id(folder / "rose.png")
+    library.tag(rose, "Flower")
+    library.create_album("Summer 2023")
+    library.add_to_album("Summer 2023", rose)
+    app = open_page()
+    for name, label in (("tag", "Flower"), ("album", "Summer 2023")):
+        open_filter(app, name)
+        (box,) = (box for box in app.selectbox if box.label == name.capitalize())
+        box.set_value(label).run()
+    assert app.query_params["where"] == 'tag=Flower album="Summer 2023"'
+    assert photos(app) == ["rose.png"]
+
+
+def test_leaving_out_is_written_into_the_box(library):
+    app = open_page(q="a picture", all="1")
+    open_filter(app, "more").text_input(key="leave-out").set_value("red")
+    button(app, "Leave out").click().run()
+    assert app.text_input(key="q").value == "a picture, no red"
+    assert "leaving out: red" in captions(app)
+    assert "rose.png" not in photos(app)
+
+
+def open_filter(app: AppTest, name: str) -> AppTest:
+    """A popover that is open: what is in it is only read then."""
+    app.session_state[f"filter-{name}"] = True
+    return app.run()
+
+
+def test_only_one_page_of_results_is_drawn_and_the_last_leads_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finding, "DEPTH", 24)
+    for number in range(40):
+        draw_photo(folder / f"{number:02}.png", (number, 5 * number, 10))
+    with PhotoLibrary.open(tmp_path / "library") as library:
+        library.index(folder, workers=0)
+    app = open_page(where="width<100", top="12")
+    assert len(photos(app)) == 12
+    assert "24 photos+" in app.markdown[0].value
+    app = open_page(where="width<100", top="12", page="2")
+    assert len(photos(app)) == 12
+    assert "43 photos" in app.markdown[0].value, "looked further, as the end came near"
+    assert len(photos(open_page(where="width<100", top="12", page="4"))) == 43 - 3 * 12
+
+
+def test_results_by_date(library):
+    assert photos(open_page(where="width<100", sort="oldest"))[0] == "rose.png", "the only one that knows its date"
+
+
+def test_search_is_saved_opened_and_deleted(library):
+    app = search(open_page(), "red, no people", "width<100")
+    app.text_input(key="save-as").set_value("Reds")
+    button(app, "Save").click().run()
+    assert library.saved_search("Reds") == {"text": "red, no people", "where": "width<100"}
+    (link,) = (link.proto for link in app.get("page_link") if link.proto.label == "Reds")
+    assert parse_qs(link.query_string) == {"q": ["red, no people"], "where": ["width<100"]}
+    app.button(key="forget-Reds").click().run()
+    assert library.saved_searches() == []
+
+
+def test_saved_search_of_a_program_becomes_an_address():
+    saved = {"text": "dogs", "without": ["people", "cars"], "where": {"year": 2023, "camera": "Pixel 6"}}
+    assert finding.search_address(saved) == {"q": "dogs, no people, no cars", "where": 'year=2023 camera="Pixel 6"'}
+
+
+def test_why_says_the_scores_and_what_a_model_cannot_show(library, monkeypatch):
+    monkeypatch.delattr(ColourEncoder, "explain", raising=False)
+    app = open_page(q="green")
+    button(app, "Why").click().run()
+    assert "<dt>Match probability</dt>" in html(app)
+    assert "<dt>By what it shows</dt><dd>place 1; cosine" in html(app)
+    assert "cannot show where it saw the words" in captions(app)
+
+
+def test_why_draws_a_heat_map_a_word(library, monkeypatch):
+    def explain(self, image, text, words=None):
+        return [HeatMap(word, np.full((2, 2), len(word), np.float32)) for word in text.split()]
+
+    monkeypatch.setattr(ColourEncoder, "explain", explain, raising=False)
+    app = open_page(q="a green field")
+    button(app, "Why").click().run()
+    assert app.pills(key="why-word").options == ["green", "field"], "the words that say something"
+    assert "where the photo shows green" in photos(app)
+
+
+def test_start_page_offers_searches_that_find_something(library, folder):
+    library.add_caption(library.photo_id(folder / "rose.png"), "a rose in the sun.")
+    library.tag(library.photo_id(folder / "sea.png"), "beach")
+    app = open_page()
+    links = {link.proto.label: link.proto.query_string for link in app.get("page_link")}
+    assert parse_qs(links["a rose in the sun"]) == {"q": ["a rose in the sun"]}
+    assert "beach" in links
+
+
+def test_lost_example_photo_is_said(library):
+    assert "drop it again" in open_page(example="0123").info[0].value
 
 
 # -- one photo ----------------------------------------------------------------------------------------------
@@ -237,8 +378,9 @@ def test_without_an_answering_model_the_way_to_one_is_said(library):
 
 def test_photo_page_shows_what_is_known(library, folder):
     app = open_page(photo=str(library.photo_id(folder / "rose.png")))
-    for fact in ("60 x 40", "Acme One", "2023-06-01 12:30", "52.51667, 13.40000", "PNG", str(folder / "rose.png")):
+    for fact in ("60 x 40", "Acme One", "2023-06-01 12:30", "52.51667, 13.40000", "PNG"):
         assert fact in html(app)
+    assert app.code[0].value == str(folder / "rose.png"), "to be copied"
     assert "Similar photos" in [heading.value for heading in app.subheader]
 
 
@@ -249,6 +391,88 @@ def test_photo_page_writes_and_adds_captions(library, folder):
     app.text_input(key="own-caption").set_value("mine & <b>bold</b>")
     button(app, "Add").click().run()
     assert "mine &amp; &lt;b&gt;bold&lt;/b&gt;" in html(app), "other people's text never becomes HTML"
+
+
+def test_photo_page_leads_to_the_next_result_and_back(library):
+    app = open_page(q="green", all="1")
+    order = photos(app)
+    ids = {Path(library.photo(photo_id)["path"]).name: photo_id for photo_id in (1, 2, 3)}
+    app.query_params["photo"] = str(ids[order[1]])
+    app.run()
+    assert "2 of 3" in captions(app)
+    button(app, "Next").click().run()
+    assert app.query_params["photo"] == str(ids[order[2]])
+    assert app.query_params["q"] == "green"
+    assert button(app, "Next").disabled
+    button(app, "Previous").click().run()
+    assert app.query_params["photo"] == str(ids[order[1]])
+
+
+def test_photo_is_made_a_favourite_rated_named_tagged_and_put_into_an_album(library, folder):
+    rose = library.photo_id(folder / "rose.png")
+    app = open_page(photo=str(rose))
+    button(app, "Favourite").click().run()
+    app.feedback[0].set_value(3).run()
+    box(app.text_input, "Title").set_value("My rose").run()
+    box(app.multiselect, "Tags").set_value(["flower", "red"]).run()
+    box(app.multiselect, "Albums").set_value(["Garden"]).run()
+    known = library.photo(rose)
+    assert (known["favourite"], known["rating"], known["title"]) == (True, 4, "My rose")
+    assert sorted(tag["name"] for tag in known["tags"]) == ["flower", "red"]
+    assert known["albums"] == ["Garden"]
+    assert "My rose" in [heading.value for heading in app.subheader]
+    button(app, "Favourite").click().run()
+    app.feedback[0].set_value(None).run()
+    box(app.multiselect, "Tags").set_value(["red"]).run()
+    box(app.multiselect, "Albums").set_value([]).run()
+    known = library.photo(rose)
+    assert (known["favourite"], known["rating"]) == (False, None)
+    assert [tag["name"] for tag in known["tags"]] == ["red"]
+    assert known["albums"] == []
+    assert not app.error
+
+
+def box(widgets, label: str):
+    return next(widget for widget in widgets if widget.label == label)
+
+
+def test_name_that_is_too_long_is_a_sentence(library):
+    app = open_page(photo="1")
+    box(app.multiselect, "Albums").set_value(["x" * 200]).run()
+    assert "too long for an album" in app.error[0].value
+
+
+def test_own_caption_is_changed_and_deleted_a_models_is_not(library):
+    library.add_caption(1, "my words")
+    library.caption(1)
+    app = open_page(photo="1")
+    app.text_input(key="words-0").set_value("better words")
+    button(app, "Save").click().run()
+    assert library.photo(1)["captions"][0]["text"] == "better words"
+    button(app, "Delete").click().run()
+    assert [caption["source"] for caption in library.photo(1)["captions"]] == ["generated"]
+    assert "Delete" not in [button.label for button in app.button]
+
+
+def test_place_is_plotted_without_the_network_until_the_user_asks(library, folder):
+    app = open_page(photo=str(library.photo_id(folder / "rose.png")))
+    assert "the place on a map of the world: 52.5167° N, 13.4000° E" in photos(app)
+    assert len(app.get("deck_gl_json_chart")) == 0
+    button(app, "Street map").click().run()
+    assert len(app.get("deck_gl_json_chart")) == 1
+    elsewhere = open_page(photo=str(library.photo_id(folder / "sea.png")))
+    assert not any("map of the world" in name for name in photos(elsewhere))
+
+
+def test_changed_photo_is_not_found_by_what_it_was(library, folder):
+    rose = library.photo_id(folder / "rose.png")
+    library.set_favourite(rose)
+    app = open_page(where="favourite=yes")
+    assert photos(app) == ["rose.png"]
+    app.query_params["photo"] = str(rose)
+    button(app.run(), "Favourite").click().run()
+    del app.query_params["photo"]
+    assert photos(app.run()) == []
 
 
 def test_unknown_photo_is_a_sentence(library):
@@ -330,7 +554,7 @@ def test_answering_model_hears_no_history_and_is_remembered(library, folder):
     assert messages(app)[1] == ("assistant", "red")
     assert messages(app)[3] == ("assistant", "red")
     assert app.chat_input[0].placeholder == "Ask a single question"
-    assert "photoblip models download qwen2-vl-2b" in app.caption[-1].value, "how to point"
+    assert "photoblip models download qwen2-vl-2b" in captions(app), "how to point"
     app = talk(library, folder)
     assert "<dt>what colour is it?</dt><dd>red</dd>" in html(app)
     assert any("Answered before (2)" in folded.label for folded in app.expander)
@@ -363,14 +587,14 @@ def test_models_are_listed_with_what_they_can_do(library, folder):
         "eyes · answers",
     ]
     app.selectbox(key="talk-model").set_value("eyes").run()
-    assert "choose finger" in app.caption[-1].value
+    assert "choose finger" in captions(app)
     app.query_params["photo"] = str(library.photo_id(folder / "sea.png"))
     assert app.run().selectbox(key="talk-model").value == "eyes", "the choice holds for the next photo"
 
 
 def test_photo_page_without_a_speaking_model_says_how_to_get_one(library, folder):
     app = talk(library, folder)
-    assert "photoblip models download blip-vqa-base` (1.5 GB)" in app.caption[-1].value
+    assert "photoblip models download blip-vqa-base` (1.5 GB)" in captions(app)
     assert len(app.chat_input) == 0
 
 
@@ -388,94 +612,30 @@ def test_image_to_text_finds_words_and_photos(library, folder):
     assert photos(app)[:2] == ["the uploaded photo", "sea.png"]
 
 
+def test_image_to_text_writes_in_several_styles_and_finds_tags(library, folder, monkeypatch):
+    monkeypatch.setattr(ColourEncoder, "caption_styles", {"short": {}, "detailed": {}}, raising=False)
+    library.tag(1, ["blue things", "red things"])
+    app = open_page("image_to_text")
+    app.file_uploader[0].upload("up.png", (folder / "sea.png").read_bytes(), "image/png").run()
+    drawn = html(app)
+    assert drawn.count("a blue picture") == 2
+    assert ">short<" in drawn and ">detailed<" in drawn
+    assert drawn.index("blue things") < drawn.index("red things")
+    button(app, "Write again").click().run()
+    assert html(app).count("a blue picture") == 2
+
+
+def test_image_to_text_refuses_what_is_no_photo(library):
+    app = open_page("image_to_text")
+    app.file_uploader[0].upload("up.png", b"<svg/>", "image/png").run()
+    assert "This photo cannot be used" in app.error[0].value
+
+
 def test_image_to_text_says_when_there_are_no_texts(library, folder):
     app = open_page("image_to_text")
     app.file_uploader[0].upload("up.png", (folder / "sea.png").read_bytes(), "image/png").run()
     assert any("no captions to choose from" in caption.value for caption in app.caption)
 
 
-# -- the library --------------------------------------------------------------------------------------------
-
-
-def test_folder_is_indexed_from_the_page(folder):
-    (folder / "broken.jpg").write_bytes(b"not a photo")
-    app = add_folder(open_page("library"), folder)
-    finish(app)
-    assert "3 added, 1 failed" in app.success[0].value
-    assert "<dt>Photos</dt><dd>3</dd>" in html(app)
-    assert app.dataframe[0].value["File"].tolist() == [str(folder / "broken.jpg")]
-
-
-def test_absent_folder_is_a_sentence():
-    app = add_folder(open_page("library"), "/nowhere/at/all")
-    finish(app)
-    assert "does not exist" in app.error[0].value
-
-
-def test_stop_ends_the_run_and_keeps_what_was_done(folder, monkeypatch):
-    gate = slow_batches(monkeypatch, folder)
-    app = add_folder(open_page("library"), folder)
-    wait_until(lambda: state.background_index().look().progress.done)
-    app.run()
-    assert "Indexing" in progress_text(app)
-    button(app, "Stop").click().run()
-    gate.set()
-    finish(app)
-    assert "Stopped after" in app.info[0].value
-    assert 0 < state.library().status()["photos"] < 20
-    assert state.library().catalog.latest_job()["state"] == "interrupted"
-
-
-def test_another_session_sees_the_same_run(folder, monkeypatch):
-    gate = slow_batches(monkeypatch, folder)
-    add_folder(open_page("library"), folder)
-    wait_until(lambda: state.background_index().look().progress.done)
-    other = open_page("library")
-    assert "Indexing" in progress_text(other)
-    assert button(other, "Add").disabled, "one run at a time"
-    gate.set()
-    finish(other)
-    assert "20 added" in other.success[0].value
-
-
-def slow_batches(monkeypatch, folder: Path) -> threading.Event:
-    """Many photos, and a run that waits after its first batch until the event is set."""
-    for path in folder.iterdir():
-        path.unlink()
-    for number in range(20):
-        draw_photo(folder / f"{number}.png", (number, 200, 10))
-    gate, step = threading.Event(), state.BackgroundIndex._step
-
-    def slow_step(self, progress):
-        step(self, progress)
-        gate.wait(20)
-        step(self, progress)
-
-    monkeypatch.setattr(state.BackgroundIndex, "_step", slow_step)
-    return gate
-
-
-def add_folder(app: AppTest, folder) -> AppTest:
-    app.text_input(key="folder").set_value(str(folder))
-    return button(app, "Add").click().run()
-
-
-def finish(app: AppTest) -> None:
-    wait_until(lambda: not state.background_index().look().active)
-    app.run()
-    assert not app.exception
-
-
-def wait_until(true, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def button(app: AppTest, label: str):
     return next(button for button in app.button if button.label == label)
-
-
-def progress_text(app: AppTest) -> str:
-    return "\n".join(element.proto.text for element in app.get("progress"))

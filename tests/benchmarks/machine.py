@@ -9,15 +9,28 @@ import torch
 
 
 def machine() -> str:
-    """Cores, threads, and the run's own matrix-multiply rate: absolute times mean little without it."""
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
-        left = torch.randn(1024, 1024, dtype=dtype)
-        left @ left
-        best = min(_seconds(lambda left=left: left @ left) for _ in range(5))
-        rates.append(f"{str(dtype).removeprefix('torch.')} {2 * 1024**3 / best / 1e9:.0f} GFLOP/s")
+    """Cores, threads, and the run's own limits: absolute times mean little without them."""
+    rates = [
+        f"{str(dtype).removeprefix('torch.')} {matmul_rate(dtype) / 1e9:.0f} GFLOP/s"
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{threads}, matmul {', '.join(rates)}, torch {torch.__version__}"
+    memory = f"memory {memory_rate() / 1e9:.1f} GB/s"
+    return f"{threads}, matmul {', '.join(rates)}, {memory}, torch {torch.__version__}"
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of PyTorch's own product of two matrices of 1024 by 1024, the best of some."""
+    left = torch.randn(1024, 1024, dtype=dtype)
+    left @ left
+    return 2 * 1024**3 / min(_seconds(lambda: left @ left) for _ in range(5))
+
+
+def memory_rate() -> float:
+    """Bytes/s that a copy of 256 MiB, more than any cache holds, reads and writes together, the best of some."""
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source).copy_(source)
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source)) for _ in range(5))
 
 
 def versus(ways: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, tuple[float, float]]:

@@ -1,15 +1,19 @@
 """Blip against transformers' own classes with the same random weights: what they share must be equal."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import BlipConfig as HubConfig
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from transformers.models.blip.modeling_blip import BlipModel
 
 from blipcore.models.blip import Blip, starting_with
+from blipcore.models.config import BlipConfig
 from blipcore.models.presets import blip_base, blip_large, blip_mini
 from blipcore.transforms import TextTokenizer
-from tests.tiny import TOKENIZER, pixels, tiny_blip, tiny_config
+from tests.tiny import TOKENIZER, hub_config, pixels, tiny_blip, tiny_config
 
 TEXTS = ["two dogs playing in the snow", "a cat"]
 
@@ -27,7 +31,7 @@ def model():
 @pytest.fixture(scope="module")
 def reference(model):
     """transformers' retrieval class with the model's weights."""
-    theirs = BlipForImageTextRetrieval(tiny_config()).eval()
+    theirs = BlipForImageTextRetrieval(hub_config()).eval()
     missing, _ = theirs.load_state_dict(model.state_dict(), strict=False)
     assert not [key for key in missing if "position_ids" not in key]
     return theirs
@@ -59,7 +63,7 @@ def test_itm_inserts_the_enc_token_that_transformers_forgets(model, reference, t
 @torch.no_grad()
 def test_lm_logits_equal_transformers(model, text):
     ids, mask = text
-    theirs = BlipForConditionalGeneration(tiny_config()).eval()
+    theirs = BlipForConditionalGeneration(hub_config()).eval()
     theirs.vision_model.load_state_dict(model.vision_model.state_dict())
     theirs.text_decoder.load_state_dict(model.text_decoder.state_dict())
     logits = theirs(pixel_values=pixels(), input_ids=starting_with(30522, ids), attention_mask=mask).logits
@@ -69,7 +73,7 @@ def test_lm_logits_equal_transformers(model, text):
 @torch.no_grad()
 def test_itc_projection_is_not_blip_models_image_features(model):
     """BlipModel.get_image_features norms twice and projects elsewhere: it must not be taken for ITC."""
-    theirs = BlipModel(tiny_config()).eval()
+    theirs = BlipModel(hub_config()).eval()
     theirs.vision_model.load_state_dict(model.vision_model.state_dict())
     theirs.visual_projection = torch.nn.Linear(32, 256)
     theirs.visual_projection.load_state_dict(model.vision_proj.state_dict())
@@ -81,7 +85,7 @@ def test_itc_projection_is_not_blip_models_image_features(model):
 
 @torch.no_grad()
 def test_fused_attention_equals_eager(model):
-    eager = BlipForImageTextRetrieval(tiny_config()).eval().vision_model
+    eager = BlipForImageTextRetrieval(hub_config()).eval().vision_model
     eager.load_state_dict(model.vision_model.state_dict())
     expected = eager(pixel_values=pixels()).last_hidden_state
     torch.testing.assert_close(model.encode_images(pixels()), expected, atol=1e-5, rtol=1e-5)
@@ -128,6 +132,33 @@ def test_untied_towers_share_nothing():
     model = Blip(tiny_config(), tied=False)
     encoder = {id(p) for p in model.text_encoder.parameters()}
     assert not encoder & {id(p) for p in model.text_decoder.parameters()}
+
+
+def test_the_configuration_has_transformers_names_and_defaults():
+    ours, theirs = BlipConfig().to_dict(), HubConfig().to_dict()
+    for part in ("vision_config", "text_config"):
+        assert ours[part].items() <= theirs[part].items()
+    top = {key: value for key, value in ours.items() if not key.endswith("_config")}
+    assert top.items() <= theirs.items()
+    kept = json.loads(json.dumps(blip_mini().to_dict()))
+    assert BlipConfig.from_dict(kept) == blip_mini()
+    assert HubConfig.from_dict(kept).text_config.to_dict().items() >= kept["text_config"].items()
+
+
+def test_an_activation_that_is_not_blips_is_refused():
+    with pytest.raises(ValueError, match="gelu"):
+        BlipConfig.from_dict({"text_config": {"hidden_act": "relu"}})
+
+
+def test_towers_start_as_transformers_start_them():
+    torch.manual_seed(0)
+    ours, theirs = Blip(tiny_config()), BlipForImageTextRetrieval(hub_config())
+    for name, drawn in theirs.named_parameters():
+        if not name.startswith(("vision_proj", "text_proj", "itm_head")):  # those are PyTorch's own
+            weight = ours.get_parameter(name)
+            assert weight.mean().item() == pytest.approx(drawn.mean().item(), abs=0.01), name
+            assert weight.std().item() == pytest.approx(drawn.std().item(), rel=0.5, abs=1e-6), name
+    assert not ours.text_encoder.embeddings.word_embeddings.weight[0].any()
 
 
 @pytest.mark.parametrize("preset", [blip_mini, blip_base, blip_large])

@@ -14,7 +14,7 @@ from blipcore.training.blip_objectives import Captioning, Pretraining, Retrieval
 from blipcore.training.momentum import NOBODY, FeatureQueue, MomentumTowers
 from blipcore.transforms import TextTokenizer
 from tests.blipcore.steps import batch_of, fixed_noise
-from tests.tiny import TOKENIZER, pixels, tiny_blip, tiny_config
+from tests.tiny import TOKENIZER, hub_config, pixels, tiny_blip
 
 QUEUE, ALPHA, MOMENTUM, TEMP = 8, 0.4, 0.995, 0.07
 DEC, ENC = 30522, 30523
@@ -27,7 +27,7 @@ def _known_negatives(monkeypatch):
 
 def theirs(model: Blip):
     """transformers' two classes with a tied model's weights; gradients are compared under its names."""
-    retrieval, captioner = BlipForImageTextRetrieval(tiny_config()), BlipForConditionalGeneration(tiny_config())
+    retrieval, captioner = BlipForImageTextRetrieval(hub_config()), BlipForConditionalGeneration(hub_config())
     retrieval.load_state_dict(
         {k: v for k, v in model.state_dict().items() if k in retrieval.state_dict()}, strict=False
     )
@@ -237,7 +237,7 @@ def test_evaluation_mode_leaves_queue_and_copies_alone():
 def test_retrieval_without_a_queue_has_in_batch_negatives():
     model, batch = tiny_blip(), batch_of(3)
     losses = SimpleRetrieval(model).train()(batch)
-    _, image_feats, text_feats = features(model, batch)
+    _, image_feats, text_feats = features(theirs(model)[0].eval(), batch)
     logits = image_feats @ text_feats.T / TEMP
     expected = (F.cross_entropy(logits, torch.arange(3)) + F.cross_entropy(logits.T, torch.arange(3))) / 2
     torch.testing.assert_close(losses["itc"], expected, atol=1e-5, rtol=1e-5)

@@ -47,6 +47,18 @@ def test_a_saved_model_loads_with_the_same_outputs(saved):
     assert loaded.scoring == Scoring(itc_weight=7.0)
 
 
+def test_towers_come_in_the_precision_asked_for_and_heads_whole(saved):
+    model, folder = saved
+    loaded = load_folder(folder, dtype=torch.bfloat16).retrieval
+    types = {name: weight.dtype for name, weight in loaded.named_parameters()}
+    blocks = {types[name] for name in types if ".mlp." in name or name.startswith(("text_encoder.", "text_decoder."))}
+    heads = {types[name] for name in types if name.startswith(("vision_proj", "text_proj", "itm_head", "temp"))}
+    assert (blocks, heads) == ({torch.bfloat16}, {torch.float32})
+    encoder = BlipEncoder(load_folder(folder, dtype=torch.bfloat16), "cpu", "bf16")
+    assert torch.equal(encoder._model.retrieval.itm_head.weight, model.itm_head.weight.half().float())
+    assert loaded.text_decoder.cls.predictions.decoder.weight is loaded.text_encoder.embeddings.word_embeddings.weight
+
+
 def test_each_shared_tensor_is_saved_once(saved):
     model, folder = saved
     state = load_file(folder / "model.safetensors")
@@ -66,7 +78,7 @@ def test_a_saved_model_opens_in_plain_transformers(saved):
     captioner = BlipForConditionalGeneration.from_pretrained(folder, key_mapping=CAPTIONING_KEY_MAPPING).eval()
     logits = captioner(pixel_values=pixels(1), input_ids=ids, attention_mask=mask).logits
     tokens = ours.encode_images(pixels(1))
-    mine = ours.text_decoder(ids, attention_mask=mask, encoder_hidden_states=tokens).logits
+    mine = ours.text_decoder(ids, mask, tokens)
     torch.testing.assert_close(logits.float(), mine, atol=1e-4, rtol=1e-4)
 
 

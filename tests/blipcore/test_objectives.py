@@ -15,7 +15,7 @@ from blipcore.training.objectives import (
     sample_negatives,
 )
 from blipcore.transforms import TextTokenizer
-from tests.tiny import TOKENIZER, pixels, tiny_blip, tiny_config
+from tests.tiny import TOKENIZER, hub_config, pixels, tiny_blip
 
 TEXTS = ["two dogs playing in the snow", "a cat", "a red car on a street"]
 
@@ -86,7 +86,7 @@ def test_itm_reads_b_matches_and_two_b_mismatches():
 def test_lm_equals_transformers_loss_with_label_smoothing():
     model = tiny_blip()
     ids, mask = TextTokenizer(TOKENIZER)(TEXTS)
-    theirs = BlipForConditionalGeneration(tiny_config()).eval()
+    theirs = BlipForConditionalGeneration(hub_config()).eval()
     theirs.vision_model.load_state_dict(model.vision_model.state_dict())
     theirs.text_decoder.load_state_dict(model.text_decoder.state_dict())
     labels = caption_labels(ids, mask)

@@ -12,7 +12,7 @@ from blipcore.encoder import BlipEncoder, choose_precision
 from blipcore.generate import caption_candidates, prompt_ids, tidy
 from blipcore.matcher import match_pairs
 from blipcore.metrics import expected_calibration_error, recall_at_k
-from blipcore.transforms import Normalizer, TextTokenizer, clean_caption, squash
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, Normalizer, TextTokenizer, clean_caption, squash
 from tests.tiny import TOKENIZER, drawn_photo, pixels, tiny_blip
 
 
@@ -46,6 +46,22 @@ def test_normalising_is_mean_and_deviation():
     values = normalize(np.full((1, 2, 2, 3), 255, np.uint8))
     assert values.shape == (1, 3, 2, 2)
     torch.testing.assert_close(values[0, :, 0, 0], torch.tensor([1.0, 3.0, 1.0]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_pixels_that_cannot_be_written_to_are_normalised_alike(tmp_path):
+    normalize, cached = Normalizer(CLIP_MEAN, CLIP_STD), np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    cached.tofile(tmp_path / "cache")
+    mapped = np.memmap(tmp_path / "cache", np.uint8, "r", shape=cached.shape)
+    assert torch.equal(normalize(mapped), normalize(cached))
+
+
+def test_a_folder_says_how_its_pixels_are_normalised(tmp_path):
+    silent = Normalizer.of_folder(tmp_path)
+    assert (silent.mean, silent.std) == (CLIP_MEAN, CLIP_STD)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3]}')
+    said = Normalizer.of_folder(tmp_path)
+    assert (said.mean, said.std) == ((0.1, 0.2, 0.3), CLIP_STD)
 
 
 def test_recall_counts_the_own_photo_and_any_own_caption():

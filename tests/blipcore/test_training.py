@@ -14,6 +14,7 @@ from blipcore.errors import ModelError
 from blipcore.evaluation import retrieval
 from blipcore.layouts import write_shard
 from blipcore.models import presets
+from blipcore.models.weights import renamed
 from blipcore.training import prototypes, recipe_names, run_recipe
 from blipcore.training.datasets import CaptionedBatches, FrozenPrefixCache
 from blipcore.training.loop import AveragedWeights, cosine_with_warmup, parameter_groups
@@ -25,7 +26,7 @@ from blipcore.training.recipes import (
     package_model,
     pretrain_blip,
 )
-from blipcore.training.starts import TIMM_VIT, load_text_start, rename
+from blipcore.training.starts import TIMM_VIT, load_text_start
 from blipcore.training.wordnet import WordNet
 from blipcore.transforms import Normalizer, TextTokenizer, squash
 from tests.tiny import (
@@ -105,6 +106,7 @@ def test_the_matching_stage_leaves_the_whole_tower_and_reads_its_final_tokens(
 def test_training_lowers_the_losses_and_logs(captioned, tmp_path, tiny_preset):
     plain = {"dropout": 0.0, "word_masking": 0.0, "soften": 0.0, "prototype_weight": 0.0, "alignment_weight": 0.0}
     rates = {"rate": 3e-3, "text_rate": 3e-3, "vision_rate": 3e-3}
+    torch.manual_seed(0)  # such rates diverge from some starts
     run = blip_mini.Run(settings(captioned, tmp_path / "out", **plain, **rates))
     run.model.train()
     run.settings.minutes = 60
@@ -434,7 +436,7 @@ def test_timm_names_map_onto_blips_tower():
     blip = set(tiny_blip().vision_model.state_dict())
     timm = ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.norm1.weight", "blocks.0.attn.qkv.bias",
             "blocks.0.attn.proj.weight", "blocks.1.mlp.fc2.bias", "norm.weight"]  # fmt: skip
-    assert {rename(key, TIMM_VIT) for key in timm} <= blip
+    assert {renamed(key, TIMM_VIT) for key in timm} <= blip
 
 
 @torch.no_grad()
@@ -450,7 +452,7 @@ def test_folding_the_token_type_row_is_the_same_function(tmp_path):
     model = tiny_blip()
     load_text_start(model, tmp_path / "bert.safetensors")
     ids = torch.tensor([[101, 2048, 6077, 102]])
-    ours = model.text_encoder(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    ours = model.text_encoder(ids, torch.ones_like(ids))
     torch.testing.assert_close(ours, bert(ids).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 

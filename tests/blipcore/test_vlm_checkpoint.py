@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blipcore import vlm_checkpoint
 from blipcore.errors import ModelError
+from blipcore.hub import VLM_ARCHITECTURES, holds_vlm
 from blipcore.models.systems import SYSTEMS
 from blipcore.models.templates import single
 from blipcore.models.vlm import Vlm
@@ -22,7 +23,6 @@ from blipcore.vlm_checkpoint import (
     apply_delta,
     check_memory,
     from_lavis_eva,
-    is_vlm,
     load_vlm,
     make_reader,
     marked_tokenizer,
@@ -258,7 +258,7 @@ def test_a_delta_that_fits_nothing_changes_nothing(state, sentence):
 def test_a_saved_system_is_the_same_system(name, tmp_path):
     system = loaded(name)
     again = load_vlm(save_vlm(system, tmp_path))
-    assert is_vlm(tmp_path) and again.system is SYSTEMS[name]
+    assert holds_vlm(tmp_path) and again.system is SYSTEMS[name]
     batch = system.reader([Example(single("what is this?", "a ball"), [drawn_photo(1)])])
     found = again.reader([Example(single("what is this?", "a ball"), [drawn_photo(1)])])
     assert batch.keys() == found.keys() and all(torch.equal(batch[key], found[key]) for key in batch)
@@ -315,8 +315,12 @@ def replaced(folder, name: str, content: str | bytes | None):
     return folder
 
 
+def test_every_kind_that_the_hub_takes_for_a_system_can_be_read():
+    assert vlm_checkpoint._READERS.keys() == VLM_ARCHITECTURES
+
+
 def test_a_whole_folder_loads(folder):
-    assert not is_vlm(folder / "nowhere")
+    assert not holds_vlm(folder / "nowhere")
     assert load_vlm(folder).system.name == "minigpt-v2"
 
 

@@ -36,8 +36,8 @@ from blipcore.training.recipes import (
     qwen2_vl,
     qwen_vl,
 )
-from blipcore.transforms import TextTokenizer
-from blipcore.vlm_checkpoint import CLIP_MEAN, CLIP_STD, LoadedVlm, load_vlm, make_reader, marked_tokenizer, save_vlm
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, TextTokenizer
+from blipcore.vlm_checkpoint import LoadedVlm, load_vlm, make_reader, marked_tokenizer, save_vlm
 from indexer.cli import app
 from indexer.demo import copy_demo_photos, demo_manifest
 from tests.blipcore.test_blip2 import tiny_blip2

@@ -122,8 +122,7 @@ def test_an_answer_does_not_depend_on_the_questions_beside_it(model, tokenizer):
         alone = tokenizer(QUESTIONS[:1], clean_question)
         assert alone[0].shape[1] < ids.shape[1]
         for row in (0, 1):
-            own = model.answer(images[row : row + 1], *alone)[0]
-            assert written[row, : len(own)].tolist() == own.tolist() and not written[row, len(own) :].any()
+            assert model.answer(images[row : row + 1], *alone)[0] == written[row]
             assert model.rank_answers(images[row : row + 1], *alone, *answers).item() == ranked[row].item()
             states = [
                 model.read_question(images[row : row + 1], *alone)[0],
@@ -225,9 +224,9 @@ def test_positions_resize_bicubically_and_the_class_token_keeps_its_own(model):
 @torch.no_grad()
 def test_dropped_paths_keep_the_mean_and_leave_evaluation_alone():
     tower = tiny_vqa().vision_model
-    before = tower(pixel_values=pixels(1)).last_hidden_state
+    before = tower(pixels(1))
     drop_paths(tower, 0.5)
-    torch.testing.assert_close(tower(pixel_values=pixels(1)).last_hidden_state, before)
+    torch.testing.assert_close(tower(pixels(1)), before)
     layers, hidden = tower.encoder.layers, torch.randn(4000, 1, 32)[:1].expand(4000, -1, -1)
     branch = layers[1].mlp
     whole = branch(hidden)[0]

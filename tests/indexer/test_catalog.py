@@ -24,8 +24,13 @@ def catalog(tmp_path):
 
 def test_migrations_make_exactly_the_tables(catalog):
     with catalog.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        opts = {"compare_type": True, "include_name": is_modelled}
+        assert compare_metadata(MigrationContext.configure(connection, opts=opts), Base.metadata) == []
+
+
+def is_modelled(name, kind, _parents) -> bool:
+    """The full text is no table of SQLAlchemy's: FTS5 keeps it in several, and triggers fill it."""
+    return not (kind == "table" and name.startswith("photo_texts"))
 
 
 def test_head_is_the_newest_migration():

@@ -22,9 +22,10 @@ from indexer import PhotoLibrary
 from tests.fakes import ColourEncoder
 
 class Slow(ColourEncoder):
-    def embed_pixels(self, pixels):
+    def image_tokens(self, pixels):
+        print("at work", flush=True)
         time.sleep(0.05)
-        return super().embed_pixels(pixels)
+        return super().image_tokens(pixels)
 
 library = PhotoLibrary.open(sys.argv[1], load_encoder=lambda name: Slow())
 library.index(sys.argv[2], workers=1, batch_size=4)
@@ -51,28 +52,28 @@ def many(tmp_path):
     return tmp_path / "many"
 
 
-def run(library, folder, kill_after=None):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(library), str(folder)])
-    if kill_after is None:
-        assert process.wait(timeout=120) == 0
-        return
-    deadline = time.monotonic() + kill_after
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def run(library, folder, batches=None, delay=0.0):
+    """Index in a process of its own, to the end or until it is killed, some seconds after it began its n-th batch."""
+    command = [sys.executable, "-c", PROGRAM, str(library), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        if batches is None:
+            process.communicate(timeout=120)
+            assert process.returncode == 0
+            return
+        for _ in range(batches):
+            process.stdout.readline()  # empty once there is nothing left to do
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
 
 
 def test_ten_kills_end_where_an_undisturbed_run_ends(many, tmp_path):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     moments = random.Random(seed)
-    started = time.monotonic()
     run(tmp_path / "calm", many)
-    calm_seconds = time.monotonic() - started
     committed = []
     for _ in range(10):
-        run(tmp_path / "killed", many, kill_after=calm_seconds * moments.uniform(0.1, 0.7))
+        run(tmp_path / "killed", many, moments.randint(1, 8), moments.uniform(0, 0.1))
         with PhotoLibrary.open(tmp_path / "killed", load_encoder=lambda name: ColourEncoder()) as library:
             committed.append(library.status()["photos"])
             assert library.verify() == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from indexer import serve
+from indexer import cli, serve
 from indexer.cli import main
+from indexer.cli.commands import run_for
 from indexer.errors import PhotoblipError
 from indexer.library import PhotoLibrary
 from tests.fakes import ColourEncoder
@@ -65,6 +67,16 @@ def start(place):
         thread.join(5)
 
 
+class Leaving:
+    """A pipe whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def fileno(self):
+        return 1
+
+
 @pytest.fixture
 def photoblip(library, place, monkeypatch, capsys):
     """Runs the command over the test's library. `opened` are the libraries that the command opened by itself."""
@@ -101,7 +113,8 @@ def without_seconds(answered):
     return code, stdout, stderr.rsplit(" in ", 1)[0]
 
 
-def test_every_command_prints_what_it_prints_alone(photoblip, photos, start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("whole", [False, True], ids=["answers", "whole command lines"])
+def test_every_command_prints_what_it_prints_alone(photoblip, photos, start, tmp_path, monkeypatch, whole):
     (tmp_path / "lines").write_text("red\nblue\n")
     monkeypatch.chdir(photos)  # the warm process is elsewhere: relative paths must arrive whole
     commands = [
@@ -123,7 +136,7 @@ def test_every_command_prints_what_it_prints_alone(photoblip, photos, start, tmp
     assert len(photoblip.opened) == len(commands) and any(code for code, *_ in alone)
     photoblip.opened.clear()
     monkeypatch.setattr(serve, "TURN_SECONDS", 60)
-    process, _ = start()
+    process, _ = start(run=run_for if whole else None)
     assert [without_seconds(photoblip(*command)) for command in commands] == alone
     assert (photoblip.opened, process.requests) == ([], len(commands))
 
@@ -417,8 +430,57 @@ def test_a_failure_inside_is_left_to_the_command(library, place, start):
         ask(library, place)
 
 
-def test_asking_loads_nothing_heavy():
-    program = "import sys, indexer.cli, indexer.serve\nindexer.serve.build_id()\n"
-    program += "print([m for m in ('torch', 'numpy', 'sqlalchemy', 'PIL', 'filelock') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+def test_asking_loads_nothing_heavy(tmp_path):
+    heavy = ("torch", "numpy", "sqlalchemy", "PIL", "filelock", "typer", "rich", "pydantic")
+    program = "import sys, indexer.cli\nfrom indexer.serve import printed\nassert printed(['search', 'red']) is None\n"
+    program += f"print([m for m in {heavy} if m in sys.modules])"
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path), "PHOTOBLIP_SERVE": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+# -- whole command lines --------------------------------------------------------------------------------------
+
+
+def at_a_terminal(monkeypatch, **environment):
+    """From here on somebody watches stdout and stderr."""
+    for name in serve.TERMINAL_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+
+
+def test_a_whole_command_line_is_printed_as_its_own_terminal_shows_it(photoblip, start, monkeypatch):
+    start(run=run_for)
+    plain = photoblip("search", "red", "--top", 2)
+    at_a_terminal(monkeypatch, TERM="xterm-256color", COLUMNS="40")
+    coloured = photoblip("search", "red", "--top", 2)
+    assert "\x1b[1m" in coloured[1] and "\x1b" not in plain[1]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured[1]) == plain[1]
+    monkeypatch.setenv("TERM", "dumb")
+    assert photoblip("search", "red", "--top", 2)[1] == plain[1]
+    assert photoblip.opened == []
+
+
+def test_wrong_usage_is_said_by_the_command_itself(photoblip, start):
+    process, _ = start(run=run_for)
+    for arguments in (("search",), ("search", "red", "--top", "many"), ("ask", "red.png")):
+        code, stdout, stderr = photoblip(*arguments)
+        assert (code, stdout) == (2, "") and "Usage: " in stderr
+    assert photoblip("search", "--help")[0] == 0 and process.requests == 3
+
+
+def test_another_library_than_the_users_own_is_named_in_the_command_line(photoblip, start, open_library, photos):
+    start(run=run_for)
+    with open_library("other") as other:
+        other.index(photos / "red.png", workers=0)
+    code, stdout, _ = photoblip("search", "red", "--json", "--library", other.paths.folder)
+    assert code == 0 and len(stdout.splitlines()) == 1 and photoblip.opened == []
+
+
+def test_a_reader_that_leaves_ends_the_printing(monkeypatch):
+    monkeypatch.setattr("indexer.cli.os.dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", Leaving())
+    assert cli._show({"status": 0, "pieces": [["stdout", "red\n"]]}) == 1

@@ -27,18 +27,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.blip.configuration_blip import BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2VisionModel
 from transformers.models.instructblip.configuration_instructblip import InstructBlipQFormerConfig
 
 from blipcore.checkpoint import load_blip2, load_folder
 from blipcore.errors import ModelError
-from blipcore.hub import find_model
+from blipcore.hub import find_model, holds_vlm
 from blipcore.models.bridges import build_bridge
 from blipcore.models.systems import SYSTEMS, System
+from blipcore.models.vision_tower import VisionTower
 from blipcore.models.vlm import Vlm, VlmConfig
 from blipcore.training.settings import as_script, run_recipe_cli
-from blipcore.vlm_checkpoint import CLIP_MEAN, CLIP_STD, LoadedVlm, is_vlm, load_vlm, make_reader, save_vlm
+from blipcore.transforms import Normalizer
+from blipcore.vlm_checkpoint import LoadedVlm, load_vlm, make_reader, save_vlm
 
 HEAD = 128  # width of a resampler's head
 TOWERS = {  # by a folder's model_type
@@ -101,7 +104,7 @@ def assemble(settings: Settings) -> Path:
     if qformer and qformer.state:
         fill_qformer(model.bridge, qformer.state, s.qformer)
     words = qformer.tokenizer if model.reads_instruction else None
-    reader = make_reader(system, config, tokenizer, words, *mean_and_std(seeing))
+    reader = make_reader(system, config, tokenizer, words, Normalizer.of_folder(seeing))
     return save_vlm(LoadedVlm(model, reader, system), s.out)
 
 
@@ -134,19 +137,27 @@ def _system(name: str) -> System:
 
 def read_tower(folder: Path) -> nn.Module:
     """The vision tower of a folder: CLIP's, BLIP's, BLIP-2's, or a system's."""
-    if is_vlm(folder):
+    if holds_vlm(folder):
         return load_vlm(folder).model.vision_tower
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     kind = values.get("model_type")
     if kind == "blip":
         loaded = load_folder(folder)
-        return (loaded.retrieval or loaded.captioner or loaded.vqa).vision_model
+        return _hub_tower((loaded.retrieval or loaded.captioner or loaded.vqa).vision_model)
     if kind == "blip-2":
         return load_blip2(folder).model.vision_model
     if kind not in TOWERS:
         raise ModelError(f"{folder} holds a {kind}: a vision tower is CLIP's, BLIP's, BLIP-2's or a system's")
     return _opened(TOWERS[kind], folder, "vision tower")
+
+
+def _hub_tower(tower: VisionTower) -> BlipVisionModel:
+    """BLIP's tower as transformers' class, which the family's systems are made of; nothing is copied."""
+    with torch.device("meta"):
+        theirs = BlipVisionModel(BlipVisionConfig(**tower.config.to_dict()))
+    theirs.load_state_dict(tower.state_dict(), assign=True)
+    return theirs.eval()
 
 
 def read_language(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -176,12 +187,6 @@ def _opened(kind: type, folder: Path, what: str):
         missing = sorted(found["missing_keys"])
         raise ModelError(f"{folder} lacks {len(missing)} weights of its {what} (the first is {missing[0]})")
     return model
-
-
-def mean_and_std(folder: Path) -> tuple[list[float], list[float]]:
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
 
 
 # -- the Q-Former ------------------------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def choose_qformer(s: Settings, system: System, vision_width: int) -> QFormer | 
 
 def read_qformer(folder: Path) -> QFormer:
     """The Q-Former of BLIP-2's first stage, or of a system."""
-    if is_vlm(folder):
+    if holds_vlm(folder):
         loaded = load_vlm(folder)
         config = getattr(loaded.model.config, "qformer_config", None)
         if config is None:

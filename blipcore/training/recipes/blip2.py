@@ -11,10 +11,8 @@ With FlanT5 the encoder reads a caption's first words and the decoder learns the
 vision tower too, at 364 px, each block at 0.95 of the next one's rate.
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("blip2-opt", "blip2-t5")
 
@@ -26,9 +24,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

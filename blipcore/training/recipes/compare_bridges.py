@@ -21,8 +21,9 @@ from blipcore.hub import find_model
 from blipcore.models.systems import SYSTEMS
 from blipcore.models.vlm import VlmConfig
 from blipcore.training import instruct
-from blipcore.training.recipes.assemble import joined, mean_and_std, read_language, read_tower
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.recipes.assemble import joined, read_language, read_tower
+from blipcore.training.settings import as_script, run_and_print
+from blipcore.transforms import Normalizer
 from blipcore.vlm_checkpoint import LoadedVlm, make_reader, save_vlm
 
 SYSTEM = "llava"
@@ -91,9 +92,8 @@ def _start(s: Settings, bridge: str, folder: Path) -> LoadedVlm:
         bridge_heads=max(1, width // HEAD),
     )
     model = joined(config, tower, language)
-    loaded = LoadedVlm(
-        model, make_reader(SYSTEMS[SYSTEM], config, tokenizer, None, *mean_and_std(seeing)), SYSTEMS[SYSTEM]
-    )
+    reader = make_reader(SYSTEMS[SYSTEM], config, tokenizer, None, Normalizer.of_folder(seeing))
+    loaded = LoadedVlm(model, reader, SYSTEMS[SYSTEM])
     save_vlm(loaded, folder)
     return loaded
 
@@ -138,9 +138,7 @@ def _outcome(stage: str, log: Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> list[dict]:
     """The command line: one option a field of Settings."""
-    rows = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(rows))
-    return rows
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ go on with (--start). DIR is any layout of blipcore/captioned.py; photos without
 (--features, --relations), so let the teacher caption them first: `photoblip train capfilt`. OUT/model is the result.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from blipcore.training import distributed
 from blipcore.training.datasets import augmentation
 from blipcore.training.distillation import TERMS, Distillation
 from blipcore.training.loop import fit
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.starts import start_blip
 from blipcore.transforms import Normalizer, TextTokenizer, squash
 
@@ -135,9 +134,9 @@ def train(s: Settings) -> dict:
     return figures
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    print(json.dumps(run_recipe_cli(Settings, train, __doc__, arguments)))
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

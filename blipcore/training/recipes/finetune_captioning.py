@@ -6,7 +6,6 @@ once, with one of its captions. A tied start (blip-mini) shares weights with its
 Writes a model folder that `--model` takes, beside the run's log.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from blipcore.training import distributed
 from blipcore.training.blip_objectives import Captioning
 from blipcore.training.datasets import CaptionedBatches
 from blipcore.training.loop import fit
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.starts import resize_positions
 
 
@@ -61,9 +60,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

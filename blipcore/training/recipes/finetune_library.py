@@ -37,7 +37,7 @@ from blipcore.training.held_out import Division, Photos, divide
 from blipcore.training.loop import fit, to_device, wants_bf16
 from blipcore.training.objectives import language_modelling_loss
 from blipcore.training.recipes.package_model import fit_scoring
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.transforms import clean_caption
 
 log = logging.getLogger(__name__)
@@ -420,9 +420,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ lie beside it or in --images. DIR/model is the result: `blipcore.checkpoint.load
 The settings are BLIP's own (Li et al. 2022, section 5.4; salesforce/BLIP `configs/nlvr.yaml`, `data/nlvr_dataset.py`).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from blipcore.annotated import Annotated, load_statements
-from blipcore.checkpoint import CLIP_MEAN, CLIP_STD, LoadedNlvr, is_nlvr, load_folder, load_nlvr, save_nlvr
+from blipcore.checkpoint import LoadedNlvr, is_nlvr, load_folder, load_nlvr, save_nlvr
 from blipcore.hub import find_model
 from blipcore.models.nlvr import MAX_TOKENS, BlipNlvr
 from blipcore.models.presets import blip_base
 from blipcore.training import distributed
 from blipcore.training.datasets import augmentation
 from blipcore.training.loop import fit
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.starts import drop_paths, load_official_nlvr, resize_positions
-from blipcore.transforms import Normalizer, TextTokenizer, clean_caption, squash
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, Normalizer, TextTokenizer, clean_caption, squash
 
 MAX_WORDS = 40  # of a statement
 EVALUATION_BATCH = 32
@@ -154,9 +153,9 @@ def train(s: Settings) -> dict:
     return figures
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    print(json.dumps(run_recipe_cli(Settings, train, __doc__, arguments)))
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

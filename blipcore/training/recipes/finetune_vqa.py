@@ -6,7 +6,6 @@ The settings are BLIP's own (Li et al. 2022, appendix; salesforce/BLIP `configs/
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from blipcore.models.vqa import BlipVqa
 from blipcore.training import distributed
 from blipcore.training.datasets import augmentation
 from blipcore.training.loop import fit
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.starts import drop_paths, resize_positions
 from blipcore.transforms import Normalizer, TextTokenizer, clean_question, squash
 
@@ -123,7 +122,7 @@ def answer_all(
         if choices:
             answers += [choices[best] for best in model.rank_answers(*inputs, *candidates).tolist()]
         else:
-            answers += [tokenizer.decode(written[1:].tolist()) for written in model.answer(*inputs)]
+            answers += [tokenizer.decode(ids) for ids in model.answer(*inputs)]
     return answers
 
 
@@ -154,9 +153,9 @@ def _read_answers(file: Path) -> list[str]:
     return answers
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    print(json.dumps(run_recipe_cli(Settings, train, __doc__, arguments)))
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ The first stage of all is BLIP-2's, `pretrain_blip2`; `generative` is BLIP-2's s
 13 data sets, each as often as the square root of its size, for 60,000 steps.
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("instructblip-vicuna", "instructblip-t5")
 
@@ -25,9 +23,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

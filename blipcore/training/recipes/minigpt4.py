@@ -9,10 +9,8 @@ Zhu et al. 2023; Vision-CAIR/MiniGPT-4 `train_configs/`.
 `align` is 20,000 steps of 256 captions that nothing asks for, `instruct` 400 steps of 12 on 3,500 long descriptions.
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("minigpt-4", "minigpt-4-llama2")
 
@@ -24,9 +22,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ Chen et al. 2023; Vision-CAIR/MiniGPT-4 `train_configs/minigptv2_finetune.yaml`.
 it writes, and the next stage has new ones; the authors go on with the old.
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("minigpt-v2",)
 
@@ -27,9 +25,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

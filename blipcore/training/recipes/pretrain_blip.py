@@ -5,7 +5,6 @@ Li et al. 2022, section 3 and 4.1; salesforce/BLIP `pretrain.py`, `configs/pretr
 `accelerate launch --num_processes 8 -m blipcore.training.recipes.pretrain_blip ...`
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from blipcore.training import distributed
 from blipcore.training.blip_objectives import Pretraining
 from blipcore.training.datasets import CaptionedBatches
 from blipcore.training.loop import fit
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.starts import start_blip
-from blipcore.transforms import Normalizer, TextTokenizer
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, Normalizer, TextTokenizer
 
 
 @dataclass(kw_only=True)
@@ -35,8 +34,8 @@ class Settings(LoopSettings):
     vision_start: Path | None = None  # timm ViT, safetensors
     text_start: Path | None = None  # BERT, safetensors
     image_size: int = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     max_length: int = 30
     min_scale: float = 0.2
     queue: int = 57600
@@ -81,9 +80,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

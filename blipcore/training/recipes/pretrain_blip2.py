@@ -8,7 +8,6 @@ Small and at home: `--preset blip2-mini --vision-start blip-mini --text-start bl
 `accelerate launch --num_processes 8 -m blipcore.training.recipes.pretrain_blip2 ...`
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from blipcore.training.blip2_objectives import Blip2Pretraining
 from blipcore.training.blip2_starts import start_blip2
 from blipcore.training.datasets import CaptionedBatches
 from blipcore.training.loop import fit, parameter_groups, tower_rates
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
-from blipcore.transforms import Normalizer, TextTokenizer
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
+from blipcore.transforms import CLIP_MEAN, CLIP_STD, Normalizer, TextTokenizer
 
 
 @dataclass(kw_only=True)
@@ -40,8 +39,8 @@ class Settings(LoopSettings):
     train_vision: bool = False
     layer_decay: float = 0.95  # of the tower's rate, a block further from the end, where the tower trains
     image_size: int = 0  # 0: the start's own
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
     max_length: int = 32
     min_scale: float = 0.5
     epochs: float = 10.0
@@ -86,9 +85,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ systems' templates write (`vlm_checkpoint.marked_tokenizer`). It knows the langu
 `assemble` then joins it to a vision tower. Writes a folder in the hub's format: OUT/model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blipcore.captioned import load_captioned
 from blipcore.hub import find_model
-from blipcore.models.vlm import IGNORE
-from blipcore.training.loop import fit, parameter_groups
-from blipcore.training.settings import LoopSettings, as_script, run_recipe_cli
-from blipcore.transforms import clean_caption
+from blipcore.training.loop import fit
+from blipcore.training.settings import LoopSettings, as_script, run_and_print
+from blipcore.transforms import IGNORE, clean_caption
 from blipcore.vlm_checkpoint import marked_tokenizer
 
 
@@ -96,8 +94,7 @@ def train(settings: Settings) -> dict:
             total, count = total + float(model(**moved).loss) * tokens, count + tokens
         return {"perplexity": round(float(np.exp(total / count)), 2)}
 
-    groups = parameter_groups(model, {}, s.rate, s.weight_decay)
-    figures = fit(NextWord(model), learnt, encode, collate, s, groups=groups, evaluate=evaluate)
+    figures = fit(NextWord(model), learnt, encode, collate, s, evaluate=evaluate)
     model.save_pretrained(s.out / "model")
     tokenizer.save_pretrained(s.out / "model")
     return figures
@@ -110,9 +107,7 @@ def _texts(source: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

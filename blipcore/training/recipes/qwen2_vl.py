@@ -7,10 +7,8 @@ Wang et al. 2024, section 2.2; the report gives no rates. Pictures keep their sh
     photoblip train qwen2_vl --stage multitask --start A/model --instructions FILE.jsonl --out B
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("qwen2-vl",)
 
@@ -22,9 +20,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ Bai et al. 2023, section 3 and appendix; the authors have published no code of t
 <ref>a cat</ref><box>(x1,y1),(x2,y2)</box> in 0 to 999.
 """
 
-import json
-
 from blipcore.training.instruct import Settings, train_stage
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, run_and_print
 
 SYSTEMS = ("qwen-vl",)
 
@@ -26,9 +24,7 @@ def train(settings: Settings) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """The command line: one option a field of Settings."""
-    figures = run_recipe_cli(Settings, train, __doc__, arguments)
-    print(json.dumps(figures))
-    return figures
+    return run_and_print(Settings, train, __doc__, arguments)
 
 
 if __name__ == "__main__":

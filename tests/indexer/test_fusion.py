@@ -1,0 +1,50 @@
+"""Two ranked lists become one, by ranks alone."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from indexer.full_text import NOTHING, TextHits
+from indexer.fusion import RRF_K, fuse, tied_ranks
+
+
+def hits(*pairs):
+    ids, strengths = zip(*pairs, strict=True) if pairs else ((), ())
+    return TextHits(np.array(ids, np.int64), np.array(strengths, np.float32))
+
+
+def test_a_photo_that_both_lists_hold_comes_before_the_first_of_either():
+    found = fuse(np.array([5, 3, 9]), hits((7, 1), (3, 1)))
+    assert found.ids.tolist() == [3, 5, 7, 9]
+    assert found.itc_ranks.tolist() == [2, 1, 0, 3] and found.text_ranks.tolist() == [1, 0, 1, 0]
+
+
+def test_the_score_is_cormacks_with_the_texts_weighed_by_their_strength():
+    found = fuse(np.array([5, 3, 9, 4]), hits((7, 0.9), (8, 0.2)))
+    score = {5: 1 / 61, 7: 0.9 / 61, 3: 1 / 62, 9: 1 / 63, 4: 1 / 64, 8: 0.2 / 62}
+    assert found.ids.tolist() == sorted(score, key=lambda photo: -score[photo]) and RRF_K == 60
+
+
+def test_one_list_alone_keeps_its_order():
+    assert fuse(np.array([5, 3]), NOTHING).ids.tolist() == [5, 3]
+    assert fuse(np.zeros(0, np.int64), hits((7, 0.5), (1, 0.2))).ids.tolist() == [7, 1]
+    assert len(fuse(np.zeros(0, np.int64), NOTHING)) == 0
+
+
+def test_texts_that_say_as_much_share_a_rank_and_the_vectors_decide():
+    assert tied_ranks(np.array([4.0, 3.0, 3.0, 1.0])).tolist() == [1, 2, 2, 4]
+    found = fuse(np.array([2, 1]), hits((1, 0.5), (2, 0.5)))
+    assert found.ids.tolist() == [2, 1] and found.text_ranks.tolist() == [1, 1]
+
+
+LISTS = st.lists(st.integers(1, 40), unique=True, max_size=20)
+
+
+@given(LISTS, LISTS)
+def test_every_photo_is_there_once_with_its_ranks(itc, texts):
+    strengths = np.linspace(1, 0.1, len(texts))
+    found = fuse(np.array(itc, np.int64), hits(*zip(texts, strengths, strict=True)))
+    assert sorted(found.ids.tolist()) == sorted(set(itc) | set(texts))
+    for photo_id, itc_rank, text_rank in zip(found.ids, found.itc_ranks, found.text_ranks, strict=True):
+        assert itc_rank == (itc.index(photo_id) + 1 if photo_id in itc else 0)
+        assert text_rank == (texts.index(photo_id) + 1 if photo_id in texts else 0)
