@@ -17,7 +17,7 @@ demo: $(STAMP)  ## Index the sample photos, run three queries, open the UI (NO_U
 	$(BIN)/photoblip demo $(if $(NO_UI),--no-ui)
 
 test: $(STAMP)  ## Run the tests (ARGS="-k rerank": pytest's own options)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(STAMP)  ## Run the benchmarks, one after another (ARGS: passed on)
 	$(BIN)/python -m tests.benchmarks $(ARGS)

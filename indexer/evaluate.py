@@ -124,7 +124,7 @@ def evaluate(
         LibraryError: there are no queries.
     """
     if not queries:
-        raise LibraryError("there are no captions to ask with: write some with `photoblip note`, or give --queries")
+        raise LibraryError("there are no captions to ask with: write some on the photos' pages, or give --queries")
     started, held_out = time.monotonic(), list(held_out)
     texts = without_captions(searcher.catalog, held_out)
     searcher = searcher.with_texts(texts)

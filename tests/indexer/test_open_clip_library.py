@@ -30,7 +30,7 @@ def demo(tmp_path_factory, folders):
 def test_the_demos_queries_put_the_right_photo_first(demo, query):
     hits = demo.search(query["text"])
     assert Path(hits[0].path).name == query["expect"] and hits[0].model.startswith("open_clip:")
-    assert hits.reranked == 17 and hits[0].probability > 0.5
+    assert hits.reranked == 17 and hits[0].probability > 0.4
     first = demo.search(query["text"], rerank=0)
     assert Path(first[0].path).name == query["expect"]
 

@@ -86,7 +86,7 @@ def test_two_libraries_of_one_process_share_the_file(store):
     store.close()
     assert other.get([key(1)])
     other.close()
-    assert not patch_store._open
+    assert store.folder.absolute() not in patch_store._open
 
 
 def test_without_a_budget_there_is_no_file(tmp_path):
