@@ -229,6 +229,9 @@ def test_image_to_text_writes_compares_and_finds(page, indexed, tmp_path):
     copy_demo_photos(tmp_path)
     page.goto(indexed)
     page.get_by_role("link", name="Image to text").click()
+    page.get_by_text("Which words, and which photos, fit this one?").wait_for()  # the search page takes photos too
+    page.wait_for_url("**/image_to_text*")
+    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
     page.locator('input[type="file"]').set_input_files(tmp_path / "cat.png")
     page.get_by_text("sampled", exact=True).wait_for()
     page.get_by_label("One text a line").fill("a motorcycle\na cat")
