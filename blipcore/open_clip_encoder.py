@@ -44,7 +44,6 @@ class OpenClipEncoder:
         self.dim, self.multilingual, self.device = towers.dim, towers.multilingual, matcher.device
         self.input_size = max(*towers.size, matcher.input_size)
         self.can_match, self.can_caption, self.can_ask = True, matcher.can_caption, matcher.can_ask
-        self.caption_styles = matcher.caption_styles
         self.scoring = scoring_behind(towers.temperature, matcher)
         self.caption_styles = getattr(matcher, "caption_styles", {"plain": {}})
 

@@ -314,7 +314,7 @@ class Searcher:
     def background(self, vector: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of a query's cosines over the library: what an average photo has."""
         if self._sampled is None or self._sampled[0] != self.index.generation:
-            ids = np.sort(self.index.ids())
+            ids = self.index.ids()
             some = np.random.default_rng(0).choice(ids, min(len(ids), SAMPLE), replace=False)
             self._sampled = self.index.generation, self.index.vectors(some)
         sample = nearest_cosines(self._sampled[1] @ vector)
@@ -338,7 +338,7 @@ class Searcher:
         among = None if condition is None else self.catalog.searchable_ids(self.model.id, condition)
         wanted += len(query.photo_ids)
         ids, itc = NO_PHOTOS if vector is None else self.nearest(vector, wanted, among)
-        searchable = np.sort(self.index.ids()) if among is None else among
+        searchable = self.index.ids() if among is None else among
         found = fuse(ids, self.texts.search(query.text, wanted, searchable) if query.text else NOTHING)
         if vector is None:  # words that the model cannot read are looked for beside the photos alone
             return found.only(~np.isin(found.ids, query.photo_ids))
