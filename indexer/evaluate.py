@@ -152,7 +152,7 @@ def _ask(searcher, texts: FullText, line: str, rerank: int) -> dict[str, tuple[l
     ids, _ = searcher.nearest(searcher.vector(query), DEPTH)
     answers["itc"] = (ids.tolist(), time.monotonic() - started)
     started = time.monotonic()
-    hits = texts.search(line, DEPTH, np.sort(searcher.index.ids()))
+    hits = texts.search(line, DEPTH, searcher.index.ids())
     answers["text"] = (hits.ids.tolist(), time.monotonic() - started)
     started = time.monotonic()
     stages = searcher.stages(query, top_k=DEPTH, rerank=rerank)

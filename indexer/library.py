@@ -938,7 +938,7 @@ class PhotoLibrary:
 
         Ids only grow, so those given twice are among the highest: they are compared, and some others.
         """
-        ids = np.sort(index.ids())
+        ids = index.ids()
         some = ids[np.linspace(0, len(ids) - 1, min(len(ids), SAMPLE)).astype(int)]
         return self._different_vectors(index, model, np.union1d(ids[-SAMPLE:], some)) > 0
 
