@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np
 from sqlalchemy import select
@@ -15,7 +15,7 @@ from indexer.patch_store import PatchStore, patch_key
 from indexer.schema import Photo
 
 CHUNK = 64  # candidates between two looks at the clock
-FRESH_CHUNK = 16  # the same where photos must be decoded first
+FRESH_CHUNK = 16  # of them at most are photos that must be decoded first
 CACHE_BYTES = 256 << 20  # records kept in memory: 62 kB a photo with blip-mini
 
 
@@ -23,6 +23,12 @@ def patch_keys(catalog: Catalog, fingerprint: str, form: str, photo_ids: Iterabl
     """Photo ids -> their keys in the patch store."""
     query = select(Photo.id, Photo.content_hash).where(Photo.id.in_(list(photo_ids)))
     return {row.id: patch_key(fingerprint, form, row.content_hash) for row in catalog.rows(query)}
+
+
+def _chunk(photo_ids: Sequence[int], known: Container[int]) -> Sequence[int]:
+    """As many of the first photos as have no more than `FRESH_CHUNK` unknown ones among them."""
+    unknown = [place for place, photo_id in enumerate(photo_ids) if photo_id not in known]
+    return photo_ids[: unknown[FRESH_CHUNK]] if len(unknown) > FRESH_CHUNK else photo_ids
 
 
 class Reranker:
@@ -51,15 +57,14 @@ class Reranker:
 
     def score(self, text: str, photo_ids: Sequence[int], budget_seconds: float | None = None) -> dict[int, float]:
         """ITM margins of as many photos as the budget allows, in the given order; the first chunk always."""
-        started, margins, at = time.monotonic(), {}, 0
+        started, margins, known, at, asked = time.monotonic(), {}, {}, 0, 0
         while at < len(photo_ids):
             if at and budget_seconds is not None and time.monotonic() - started >= budget_seconds:
                 break
-            chunk = photo_ids[at : at + CHUNK]
-            known = self._known(chunk)
-            if len(known) < len(chunk):
-                chunk = chunk[:FRESH_CHUNK]
-            margins |= self._score_chunk(text, chunk, known)
+            known |= self._known(photo_ids[asked : at + CHUNK])
+            asked = max(asked, at + CHUNK)
+            chunk = _chunk(photo_ids[at : at + CHUNK], known)
+            margins |= self._score_chunk(text, chunk, {p: known.pop(p) for p in chunk if p in known})
             at += len(chunk)
         return margins
 

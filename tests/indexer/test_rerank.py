@@ -7,7 +7,7 @@ import pytest
 from indexer.errors import LibraryError, UnreadablePhoto
 from indexer.library import PhotoLibrary
 from indexer.patch_store import PatchStore
-from indexer.rerank import FRESH_CHUNK, Reranker
+from indexer.rerank import CHUNK, FRESH_CHUNK, Reranker
 from tests.fakes import ColourEncoder
 from tests.indexer.conftest import paint
 
@@ -72,6 +72,26 @@ def test_what_the_store_holds_is_not_opened_again(tmp_path):
 def test_the_budget_stops_it_after_the_first_chunk():
     margins = Reranker(ColourEncoder(), Photos()).score("red", list(range(100, 300)), budget_seconds=0)
     assert list(margins) == list(range(100, 100 + FRESH_CHUNK))
+
+
+def test_a_photo_that_is_not_known_does_not_shrink_the_others_chunk(tmp_path):
+    store = PatchStore(tmp_path / "patches", 1 << 20)
+    asked = []
+
+    def keys(photo_ids):
+        asked.append(list(photo_ids))
+        return keyed(photo_ids)
+
+    photos = Photos()
+    reranker = Reranker(ColourEncoder(), photos, store, keys)
+    ids = list(range(100, 100 + CHUNK))
+    reranker.score("red", ids[:20] + ids[21:])
+    photos.opened.clear()
+    reranker._held.clear()
+    asked.clear()
+    margins = reranker.score("red", ids, budget_seconds=0)
+    assert list(margins) == ids and photos.opened == [ids[20]]
+    assert asked == [ids, [ids[20]]]  # once to read, once to write what was missing
 
 
 def test_an_index_run_keeps_tokens_for_the_first_search(tmp_path, monkeypatch):
