@@ -57,6 +57,31 @@ class ClassNames:
         own = [[name.strip().lower() for name in lemmas[synset].split(",")] for synset in synsets]
         return cls(own, _kinds(own, wordnet) if wordnet else [[] for _ in own])
 
+    def drop_other_meanings(self, nouns: "CaptionNouns", belief: Tensor) -> list[str]:
+        """Forget synonyms and kinds that people say of something else. -> those names.
+
+        WordNet calls a book's wrapper a jacket; where captions say "jacket", a classifier sees no more book wrappers
+        than elsewhere. A class keeps its first name.
+
+        Args:
+            belief: [I, C], the classifier's probabilities of the photos that the nouns are said of.
+        """
+        dropped = []
+        for name, said in zip(nouns.names, nouns.said.T, strict=True):
+            if name in self.members:
+                seen = belief[:, self.members[name]].sum(1)
+                if seen[said].mean() < seen.mean():
+                    dropped.append(name)
+        for name in dropped:
+            first = np.array([names[0] == name for names in self.own])
+            if first.any():
+                self.members[name] = first
+            else:
+                del self.members[name]
+        self.own = [[names[0], *(name for name in names[1:] if name not in dropped)] for names in self.own]
+        self.kinds = [[name for name in names if name not in dropped] for names in self.kinds]
+        return dropped
+
     def draw(self, classes: np.ndarray, rng: np.random.Generator) -> list[str]:
         """A name for each class number: its first name, another one, or a kind."""
         return [self._draw(number, rng) for number in classes]
@@ -106,10 +131,11 @@ class OtherNouns:
                     below.setdefault(offset, set()).add(number)
         self.names, near, weights = [], [], []
         for offset, synset in wordnet.synsets.items():
-            name = synset.words[0]
-            if synset.field in CONCRETE and name not in classes.members and _is_plain(name):
-                if wordnet.senses.get(name, [offset])[0] != offset:
-                    continue  # a rarer meaning of the word
+            if synset.field not in CONCRETE:
+                continue
+            for name in synset.words:
+                if name in classes.members or not _is_plain(name) or wordnet.senses.get(name, [offset])[0] != offset:
+                    continue  # a class, no word that people use, or a rarer meaning of it
                 depth, relatives = self._relatives(offset, wordnet, below)
                 if relatives and len(relatives) <= self.MOST:
                     self.names.append(name)
@@ -146,11 +172,15 @@ class CaptionNouns:
     """
 
     FEWEST, MOST = 8, 0.3  # photos a noun is said of; the share of them at which it says nothing
+    # what is behind the camera is not in the photo
+    UNSEEN = re.compile(
+        r"\b(at|for|towards?|into|facing|to|by|in front of|of) (the|a|his|her|their)? ?(camera|photo|picture)"
+    )
 
     def __init__(self, captions: Sequence[Sequence[str]], wordnet: WordNet):
         places: dict[str, set[int]] = {}
         for photo, texts in enumerate(captions):
-            for word in set(re.findall(r"[a-z]{3,}", " ".join(texts).lower())):
+            for word in set(re.findall(r"[a-z]{3,}", self.UNSEEN.sub("", " ".join(texts).lower()))):
                 places.setdefault(word, set()).add(photo)
         most = self.MOST * len(captions)
         self.names = [w for w, at in places.items() if self.FEWEST <= len(at) <= most and wordnet.is_noun(w)]
@@ -217,9 +247,18 @@ class ClassPrototypes:
     def _rescaled(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1) * self.length
 
-    def sample(self, count: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """-> (features [count, D], their `count` different classes)."""
-        classes = rng.choice(len(self.rows), count, replace=False)
+    def sample(self, count: int, rng: np.random.Generator, nearest: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+        """-> (features [count, D], their `count` different classes).
+
+        Args:
+            nearest: bool [N, C] of `OtherNouns.sample`: one of each noun's nearest classes comes first, so that a
+                helicopter's text, which is drawn to airliners, is also told that "airplane" names them better.
+        """
+        classes = rng.permutation(len(self.rows))
+        if nearest is not None:
+            first = {int(rng.choice(np.flatnonzero(row))) for row in nearest.numpy()}
+            classes = np.array([*first, *(c for c in classes if c not in first)])
+        classes = classes[:count]
         noise = torch.from_numpy(rng.standard_normal((count, self.points.shape[1])).astype(np.float32))
         return self._rescaled(self.points[classes] + noise @ self.noise.T), classes
 
@@ -254,10 +293,14 @@ class ClassPrototypes:
 
     def belief(self, class_tokens: Tensor, names: list[str]) -> Tensor:
         """What the classifier thinks of photos with these original class tokens [B, D], among M names. -> [B, M]."""
-        each = (class_tokens @ self.rows.T + self.bias).softmax(1)
         members = torch.from_numpy(np.stack([self.names.members[name] for name in names])).float()
-        shares = each @ members.T
+        members /= members.sum(1, keepdim=True).sqrt()  # "leopard" says more of a leopard than "wild cat"
+        shares = self.classify(class_tokens) @ members.T
         return shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
+
+    def classify(self, class_tokens: Tensor) -> Tensor:
+        """The starting classifier's probabilities [B, C] of photos with these original class tokens [B, D]."""
+        return (class_tokens @ self.rows.T + self.bias).softmax(1)
 
     def top1(self) -> float:
         """How often the classifier itself names a prototype's own class: a check of the construction."""

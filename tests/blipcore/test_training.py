@@ -382,6 +382,39 @@ def test_caption_nouns_are_said_of_photos(wordnet, monkeypatch):
     assert said == {"fish": [0], "planes": [0, 2], "vehicle": [1]}
 
 
+def test_names_that_people_use_of_other_things_are_dropped(wordnet, monkeypatch):
+    monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
+    captions = [["a fish"], ["an airliner and a vehicle"], ["a plane"], *[["people"]] * 17]
+    nouns = prototypes.CaptionNouns(captions, wordnet)
+    belief = torch.full((20, 2), 0.01)  # an airliner, a fish
+    belief[1:3, 0], belief[5, 1] = 0.9, 0.9
+    names = ClassNames([["airliner", "plane"], ["tench", "fish"]], [["vehicle"], []])
+    assert names.drop_other_meanings(nouns, belief) == ["fish"]
+    assert names.own == [["airliner", "plane"], ["tench"]] and names.kinds == [["vehicle"], []]
+    assert set(names.members) == {"airliner", "plane", "vehicle", "tench"}
+
+
+def test_what_is_behind_the_camera_is_not_said_of_a_photo(wordnet, monkeypatch):
+    monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
+    monkeypatch.setattr(wordnet, "is_noun", lambda word: word in {"camera", "man"})
+    captions = [["A man looks at the camera"], ["a man holds a camera"], *[["it"]] * 8]
+    nouns = prototypes.CaptionNouns(captions, wordnet)
+    said = {name: nouns.said[:, column].nonzero().ravel().tolist() for column, name in enumerate(nouns.names)}
+    assert said == {"man": [0, 1], "camera": [1]}
+
+
+def test_classes_near_to_the_drawn_nouns_are_drawn_with_them():
+    rng = np.random.default_rng(0)
+    names = ClassNames([[f"name {c}"] for c in range(9)], [[] for _ in range(9)])
+    learnt = ClassPrototypes(torch.randn(9, 4), torch.zeros(9), names, torch.randn(50, 4).numpy())
+    nearest = torch.zeros(2, 9, dtype=torch.bool)
+    nearest[0, 7], nearest[1, 2:4] = True, True
+    for _ in range(5):
+        features, classes = learnt.sample(3, rng, nearest)
+        assert features.shape == (3, 4) and len(set(classes)) == 3
+        assert 7 in classes and set(classes) & {2, 3}
+
+
 def test_plurals():
     assert [prototypes.plural(n) for n in ("airplane", "cherry", "fox", "tow boy", "finch")] == [
         "airplanes", "cherries", "foxes", "tow boys", "finches",

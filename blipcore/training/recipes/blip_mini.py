@@ -270,16 +270,17 @@ class Run:
         """The prototypes, and for each photo the class that the starting classifier is sure of, or -1."""
         wordnet = WordNet(self.settings.wordnet) if self.settings.wordnet else None
         names = ClassNames.of_imagenet(wordnet)
+        self.prototypes = ClassPrototypes(*classifier, names, self.cache.class_tokens[:, 0])
+        belief = self.prototypes.classify(torch.from_numpy(self.cache.class_tokens[:, 0].astype(np.float32)))
         if self.settings.stage != "joint":
             if wordnet is None:
                 raise ValueError(
                     f"--stage {self.settings.stage} learns WordNet's nouns: give its folder with --wordnet"
                 )
-            self.other_nouns = OtherNouns(names, wordnet, self.tokenizer.words())
             self.caption_nouns = CaptionNouns(self.corpus.photos.captions, wordnet)
-        self.prototypes = ClassPrototypes(*classifier, names, self.cache.class_tokens[:, 0])
-        tokens = torch.from_numpy(self.cache.class_tokens[:, 0].astype(np.float32))
-        sure, named = (tokens @ classifier[0].T + classifier[1]).softmax(1).max(1)
+            names.drop_other_meanings(self.caption_nouns, belief)
+            self.other_nouns = OtherNouns(names, wordnet, self.tokenizer.words())
+        sure, named = belief.max(1)
         self.named = torch.where(sure > 0.5, named, -1).numpy()
 
     def batches(self):
@@ -365,10 +366,10 @@ class Run:
         """
         s, model, rng = self.settings, self.model, self.rng
         losses = {}
-        features, classes = self.prototypes.sample(s.prototypes, rng)
-        texts, names, same = self.prototypes.describe(classes, rng)
         noun_texts, said = self.caption_nouns.sample(s.nouns, rng)
         other_texts, nearest = self.other_nouns.sample(s.others, rng)
+        features, classes = self.prototypes.sample(s.prototypes, rng, nearest)
+        texts, names, same = self.prototypes.describe(classes, rng)
         named, nouns, others = self._text_feats(*self.tokenizer(texts + noun_texts + other_texts)).split(
             [len(texts), len(noun_texts), len(other_texts)]
         )
