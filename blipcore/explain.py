@@ -13,6 +13,7 @@ Shapes: N image tokens (the class token first), T text tokens, Q queries, h head
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 
 from blipcore.heat_map import HeatMap
 from blipcore.models.blip import Blip, starting_with
-from blipcore.models.blip2 import Blip2
 from blipcore.transforms import TextTokenizer, WordPieces
+
+if TYPE_CHECKING:
+    from blipcore.models.blip2 import Blip2  # on transformers, which takes seconds to import
 
 SPREAD = 1.0  # standard deviation of the smoothing, in patches
 
 
 def explain(
-    model: Blip | Blip2,
+    model: "Blip | Blip2",
     tokenizer: TextTokenizer,
     image_embeds: Tensor,
     text: str,
@@ -40,7 +43,7 @@ def explain(
         words: words or phrases, by default every word of the text that the model reads. One that is not in the text is
             read as a text of its own; one without a letter or digit gets no map.
     """
-    known = [] if isinstance(model, Blip2) else tokenizer.word_pieces(text)
+    known = tokenizer.word_pieces(text) if isinstance(model, Blip) else []
     read: dict[str, Tensor] = {}
 
     def heat(word: str, source: str, rows: list[int]) -> HeatMap:
@@ -56,11 +59,11 @@ def explain(
             maps.append(heat(word, text, rows))
         elif alone := tokenizer.word_pieces(word):
             places = [place for each in alone for place in each.places]
-            maps.append(heat(word, word, [0] if isinstance(model, Blip2) else places))
+            maps.append(heat(word, word, places if isinstance(model, Blip) else [0]))
     return maps
 
 
-def relevance(model: Blip | Blip2, image_embeds: Tensor, input_ids: Tensor) -> Tensor:
+def relevance(model: "Blip | Blip2", image_embeds: Tensor, input_ids: Tensor) -> Tensor:
     """What each image token gives the match logit through each text token, float32 [T, N]; [1, N] of BLIP-2.
 
     In the model's own precision: maps in bfloat16 are those in float32 but for a hundredth (docs/explain.md).
@@ -68,14 +71,14 @@ def relevance(model: Blip | Blip2, image_embeds: Tensor, input_ids: Tensor) -> T
     Args:
         image_embeds: [1, N, D]. input_ids: one text [1, T], without padding.
     """
-    read = _read_blip2 if isinstance(model, Blip2) else _read_blip
+    read = _read_blip if isinstance(model, Blip) else _read_blip2
     with torch.inference_mode(False), torch.enable_grad():
         # a clone, because tensors of inference mode cannot take part in a backward pass
         logits, weights = read(model, image_embeds.to(model.device).clone(), input_ids.to(model.device))
         gradients = torch.autograd.grad(logits[0, 1], weights)
     given = [each.detach().float() * gradient.float() for each, gradient in zip(weights, gradients, strict=True)]
     relevant = sum(each[0].mean(0) for each in given)  # [T or Q, N]
-    return relevant.mean(0, keepdim=True) if isinstance(model, Blip2) else relevant
+    return relevant if isinstance(model, Blip) else relevant.mean(0, keepdim=True)
 
 
 def _read_blip(model: Blip, image_embeds: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -93,7 +96,7 @@ def _read_blip(model: Blip, image_embeds: Tensor, input_ids: Tensor) -> tuple[Te
     return model.itm_head(hidden[:, 0].to(model.itm_head.weight.dtype)), kept
 
 
-def _read_blip2(model: Blip2, image_embeds: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _read_blip2(model: "Blip2", image_embeds: Tensor, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
     """ITM logits [1, 2], and the weights [1, h, Q, N] with which the queries look at the image in the same layers."""
     qformer, count, kept = model.qformer, model.query_tokens.shape[1], []
     words, dtype = model.embeddings(input_ids), qformer.layernorm.weight.dtype

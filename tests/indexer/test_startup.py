@@ -45,3 +45,9 @@ def test_status_loads_neither_models_nor_what_indexing_and_queries_need(folder):
     modules = loaded(folder, "status")
     needless = {"torch", "faiss", "lark", "filelock", "psutil", "rich.progress"}
     assert modules & {*TRAINING, *LANGUAGE_MODELS, *BY_ACCIDENT, *INDEXING, *needless} == set()
+
+
+def test_an_explanation_loads_no_other_framework(folder, tmp_path):
+    modules = loaded(folder, "explain", "1", "red", "--out", str(tmp_path / "maps.png"))
+    assert "torch" in modules
+    assert modules & {*TRAINING, *LANGUAGE_MODELS, *BY_ACCIDENT} == set()
