@@ -172,15 +172,11 @@ class CaptionNouns:
     """
 
     FEWEST, MOST = 8, 0.3  # photos a noun is said of; the share of them at which it says nothing
-    # what is behind the camera is not in the photo
-    UNSEEN = re.compile(
-        r"\b(at|for|towards?|into|facing|to|by|in front of|of) (the|a|his|her|their)? ?(camera|photo|picture)"
-    )
 
     def __init__(self, captions: Sequence[Sequence[str]], wordnet: WordNet):
         places: dict[str, set[int]] = {}
         for photo, texts in enumerate(captions):
-            for word in set(re.findall(r"[a-z]{3,}", self.UNSEEN.sub("", " ".join(texts).lower()))):
+            for word in set(re.findall(r"[a-z]{3,}", " ".join(map(without_camera, texts)).lower())):
                 places.setdefault(word, set()).add(photo)
         most = self.MOST * len(captions)
         self.names = [w for w, at in places.items() if self.FEWEST <= len(at) <= most and wordnet.is_noun(w)]
@@ -194,6 +190,16 @@ class CaptionNouns:
         """-> (captions of `count` nouns, bool [I, count] the photos each is said of)."""
         columns = rng.choice(len(self.names), min(count, len(self.names)), replace=False, p=self.weights)
         return in_sentences([self.names[column] for column in columns], rng), self.said[:, columns]
+
+
+def without_camera(caption: str) -> str:
+    """A caption without "at the camera": what took a photo is not in it, and "camera" would come to mean people."""
+    return re.sub(
+        r"\s*\b(at|for|towards?|into|facing|to|by|in front of|of) (the|a|his|her|their)? ?(camera|photo|picture)\b",
+        "",
+        caption,
+        flags=re.IGNORECASE,
+    )
 
 
 def in_sentences(names: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -401,6 +401,10 @@ def test_what_is_behind_the_camera_is_not_said_of_a_photo(wordnet, monkeypatch):
     nouns = prototypes.CaptionNouns(captions, wordnet)
     said = {name: nouns.said[:, column].nonzero().ravel().tolist() for column, name in enumerate(nouns.names)}
     assert said == {"man": [0, 1], "camera": [1]}
+    assert prototypes.without_camera("Two boys pose for a picture .") == "Two boys pose ."
+    assert (
+        prototypes.without_camera("He takes pictures for the photographer") == "He takes pictures for the photographer"
+    )
 
 
 def test_classes_near_to_the_drawn_nouns_are_drawn_with_them():

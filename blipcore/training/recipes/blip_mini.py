@@ -35,7 +35,7 @@ from blipcore.models.text import image_keys_values, text_states
 from blipcore.training.datasets import FrozenPrefixCache
 from blipcore.training.loop import AveragedWeights, cosine_with_warmup, parameter_groups
 from blipcore.training.objectives import caption_labels, contrastive_loss, cosines, soft_targets
-from blipcore.training.prototypes import CaptionNouns, ClassNames, ClassPrototypes, OtherNouns
+from blipcore.training.prototypes import CaptionNouns, ClassNames, ClassPrototypes, OtherNouns, without_camera
 from blipcore.training.run_log import RunLog
 from blipcore.training.settings import as_script, run_recipe_cli
 from blipcore.training.starts import load_text_start, load_vision_start, resize_positions
@@ -297,7 +297,8 @@ class Run:
         """One optimiser step on the photos `rows`. -> the losses."""
         s, model = self.settings, self.model
         captions = self.corpus.draw(rows, self.rng)
-        ids, mask = self.tokenizer([self.corpus.texts[c] for c in captions])
+        texts = [self.corpus.texts[c] for c in captions]
+        ids, mask = self.tokenizer(list(map(without_camera, texts)) if s.stage == "texts" else texts)
         with torch.autocast(model.device.type, torch.bfloat16):
             losses = self._losses(rows, captions, ids, mask)
         weights = NAMING_WEIGHTS | {
