@@ -27,11 +27,13 @@ UPLOAD_TYPES = sorted(extension.removeprefix(".") for extension in EXTENSIONS)
 UPLOAD_MEGABYTES = 50
 CAN = {"ask": marked("answer questions"), "chat": marked("hold a conversation"), "ground": marked("point at things")}
 HERE = Path(__file__).parent
-STYLE, ICON = HERE / "style.css", HERE / "icon.svg"
+STYLE, ICON, KEYS = HERE / "style.css", HERE / "icon.svg", HERE / "keys.js"
 
 
 def style() -> None:
     st.html(STYLE)
+    with st.container(key="keys"):
+        st.html(f"<script>{KEYS.read_text(encoding='utf-8')}</script>", unsafe_allow_javascript=True)
 
 
 def plain(text: object) -> str:
@@ -59,6 +61,18 @@ def errors_as_words() -> Iterator[None]:
         words = next(iter(str(error).splitlines()), "")
         said = _("Something went wrong ({what}): try again.").format(what=f"{type(error).__name__}: {words}")
         st.error(plain(said), icon=":material/error:")
+
+
+def notice(words: str | None) -> None:
+    """What the library says of words that the model does not read as they are meant."""
+    if words:
+        st.warning(plain(words), icon=":material/translate:")
+
+
+def name_drop_button() -> None:
+    """The words on the buttons of the fields that take a photo: Streamlit's own are English, and say less."""
+    words = _("Drop a photo")
+    st.html(f'<style>.stApp {{ --pb-drop: "{words}" }}</style>')
 
 
 def no_model(*abilities: str) -> None:

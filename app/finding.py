@@ -226,9 +226,12 @@ def _found(photos, wanted: Wanted) -> Iterator[tuple]:
         yield photos.search(wanted.text or None, **named, **asked, top_k=wanted.depth, rerank=wanted.rerank), True
         return
     stages = photos.search_progressively(wanted.text or None, **named, top_k=wanted.depth, rerank=wanted.rerank)
-    reads = wanted.rerank and photos.encoder().can_match
+    reads, is_last = wanted.rerank and photos.encoder().can_match, False
     for number, hits in enumerate(stages):
-        yield hits, bool(number or not reads or not (hits.query and hits.query.text))
+        is_last = bool(number or not reads or not hits.candidates or not (hits.query and hits.query.text))
+        yield hits, is_last
+    if not is_last:  # words that the matching model cannot read: there is no second stage
+        yield hits, True
 
 
 def in_order(hits, wanted: Wanted) -> list:

@@ -80,7 +80,7 @@ def opened(by: str, way: Way, key: str) -> None:
         back(by, way)
     total = browse.count(catalog, where)
     with st.container(horizontal=True, vertical_alignment="center", key="opened-head"):
-        st.subheader(components.plain(way.title(key)))
+        st.subheader(components.plain(way.title(key)), anchor=False)
         st.html(components.badge(_n("{count} photo", "{count} photos", total)), width="content")
         st.page_link(
             components.HOME, label=_("Search in these"), icon=":material/search:", query_params={"where": where}
@@ -175,12 +175,13 @@ def chosen_year(years: dict[str, list[Group]]) -> str:
     wanted = st.query_params.get("year")
     year = wanted if wanted in years else next(iter(years))
     totals = {name: sum(group.photos for group in held) for name, held in years.items()}
+    undated = _("Without a date")
     chosen = st.pills(
         _("Year"),
         list(years),
         default=year,
         key=f"year-{year}",
-        format_func=lambda name: f"{_('Without a date') if name == UNDATED else name} · {number(totals[name])}",
+        format_func=lambda name: f"{undated if name == UNDATED else name} · {number(totals[name])}",
         label_visibility="collapsed",
         required=True,
     )

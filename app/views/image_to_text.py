@@ -11,12 +11,14 @@ BEST, CANDIDATE_TAGS = 5, 1000
 
 
 def page() -> None:
-    upload = st.file_uploader(
-        _("Which words, and which photos, fit this one?"),
-        type=components.UPLOAD_TYPES,
-        max_upload_size=components.UPLOAD_MEGABYTES,
-        key="upload",
-    )
+    components.name_drop_button()
+    with st.container(key="drop-here"):
+        upload = st.file_uploader(
+            _("Which words, and which photos, fit this one?"),
+            type=components.UPLOAD_TYPES,
+            max_upload_size=components.UPLOAD_MEGABYTES,
+            key="upload",
+        )
     if upload is None:
         st.caption(_("The photo stays on this machine and is not added to the library."))
         return

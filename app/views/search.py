@@ -7,7 +7,7 @@ import streamlit as st
 
 from app import components, finding, state
 from app.finding import Wanted
-from app.texts import _, _n
+from app.texts import _, _n, number
 from app.views import filter_bar
 from app.views.why import why
 from indexer.conditions import EXAMPLES
@@ -95,7 +95,7 @@ def keep_boxes() -> None:
 def drop_zone() -> None:
     """A photo dropped here is searched for at once; then the field is fresh for the next one."""
     held = st.query_params.get("example", "")
-    st.html(f'<style>.st-key-drop {{ --pb-drop: "{_("Drop a photo")}" }}</style>')
+    components.name_drop_button()
     with st.container(key="drop", width="content"):
         upload = st.file_uploader(
             _("Drop a photo to find others like it"),
@@ -198,6 +198,7 @@ def show_last(hits, wanted: Wanted, head, slot) -> None:
     if not hits:
         head.empty()
         with slot.container():
+            components.notice(hits.notice)
             nothing_found(wanted)
         return
     shown = finding.in_order(hits, wanted)
@@ -206,8 +207,10 @@ def show_last(hits, wanted: Wanted, head, slot) -> None:
         shown = shown[:CLOSEST]
     pages = ceil(len(shown) / wanted.per_page)
     at = min(wanted.page, pages)
-    with head.container(key="found-head", horizontal=True, vertical_alignment="center"):
-        heading(hits, shown, wanted, nothing_likely)
+    with head.container():
+        components.notice(hits.notice)
+        with st.container(key="found-head", horizontal=True, vertical_alignment="center"):
+            heading(hits, shown, wanted, nothing_likely)
     readable = hits.query is not None and hits.query.text and hits.reranked
     part = shown[(at - 1) * wanted.per_page : at * wanted.per_page]
     with slot.container():
@@ -238,7 +241,9 @@ def heading(hits, shown: list, wanted: Wanted, nothing_likely: bool) -> None:
     elif has_cut and not wanted.everything:
         found = _n("{count} photo matches", "{count} photos match", hits.cut)
     else:
-        found = _n("{count} photo", "{count} photos", len(shown)) + ("+" if len(shown) >= wanted.depth else "")
+        found = _n("{count} photo", "{count} photos", len(shown))
+        if len(shown) >= wanted.depth:  # "480+ photos": there may be more
+            found = found.replace(number(len(shown)), f"{number(len(shown))}+")
     with st.container(key="found-words", gap=None):
         st.markdown(f"**{found}**")
         st.caption(" · ".join(about))
@@ -326,6 +331,7 @@ def show_start() -> None:
             for query in queries:
                 st.page_link(components.HOME, label=components.plain(query), query_params={"q": query})
     with st.container(key="found-head", horizontal=True, vertical_alignment="center"):
-        st.markdown(f"**{_('Latest in your library')}**")
+        latest_words = _("Latest in your library")
+        st.markdown(f"**{latest_words}**")
         components.grid_size()
     components.photo_grid(map(components.photo_tile, latest), "latest")

@@ -7,31 +7,16 @@ from urllib.request import urlopen
 import pytest
 
 from app.texts import COOKIE
-from tests.app.test_browser import address, browser, indexed, page  # noqa: F401 - fixtures
+from tests.app.browsing import add_folder, ready, serious_violations
 from tests.app.test_pages import draw_photo
 
 pytestmark = pytest.mark.browser
 PAGES = ["", "?q=a+cat", "?photo=1", "browse", "browse?by=folders", "image_to_text", "library", "evaluate"]
 
 
-def ready(page) -> None:  # noqa: F811
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]', timeout=60_000)
-    page.get_by_role("link", name="Library").wait_for()
-    page.wait_for_timeout(500)  # what fades in has its colours only then
-
-
-def violations(page) -> list[str]:  # noqa: F811
-    """What axe finds wrong in the page that counts as serious or critical."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    found = axe.Axe().run(page).response["violations"]
-    serious = [each for each in found if each["impact"] in {"serious", "critical"}]
-    nodes = [(each["id"], node) for each in serious for node in each["nodes"]]
-    return [f"{rule}: {node['html'][:300]} {node['failureSummary'][:300]}" for rule, node in nodes]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_no_page_has_a_serious_accessibility_problem(page, indexed, scheme, width):  # noqa: F811
+def test_no_page_has_a_serious_accessibility_problem(page, indexed, scheme, width):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 844})
     wrong = {}
@@ -39,13 +24,13 @@ def test_no_page_has_a_serious_accessibility_problem(page, indexed, scheme, widt
         page.goto(f"{indexed}/{place}")
         ready(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, place
-        if found := violations(page):
+        if found := serious_violations(page):
             wrong[place] = found
     assert not wrong, "\n".join(f"/{place}\n  " + "\n  ".join(found) for place, found in wrong.items())
     assert page.wrong == []
 
 
-def test_every_photo_has_an_alternative_text(page, indexed):  # noqa: F811
+def test_every_photo_has_an_alternative_text(page, indexed):
     for place in ("", "?q=a+cat", "?photo=1", "browse?by=folders"):
         page.goto(f"{indexed}/{place}")
         ready(page)
@@ -55,7 +40,7 @@ def test_every_photo_has_an_alternative_text(page, indexed):  # noqa: F811
     assert page.wrong == []
 
 
-def test_menu_and_search_work_from_the_keyboard_and_show_where_the_focus_is(page, indexed):  # noqa: F811
+def test_menu_and_search_work_from_the_keyboard_and_show_where_the_focus_is(page, indexed):
     page.goto(indexed)
     ready(page)
     page.locator("body").press("Tab")
@@ -70,12 +55,11 @@ def test_menu_and_search_work_from_the_keyboard_and_show_where_the_focus_is(page
     assert page.wrong == []
 
 
-def test_index_run_shows_progress_pauses_and_goes_on_while_others_search(page, browser, indexed, tmp_path):  # noqa: F811
+def test_index_run_shows_progress_pauses_and_goes_on_while_others_search(page, browser, indexed, tmp_path):
     for at in range(600):
         draw_photo(tmp_path / f"{at}.png", (at % 256, at // 3, (7 * at) % 256))
     page.goto(f"{indexed}/library")
-    page.get_by_label("Add a folder").fill(str(tmp_path))
-    page.get_by_role("button", name="Add").click()
+    add_folder(page, tmp_path)
     page.get_by_text("of 600").first.wait_for(timeout=60_000)
     page.reload()
     page.get_by_text("of 600").first.wait_for(timeout=60_000)
@@ -93,9 +77,9 @@ def test_index_run_shows_progress_pauses_and_goes_on_while_others_search(page, b
     assert page.wrong == []
 
 
-def test_language_follows_the_browser_and_the_choice_is_kept(browser, indexed):  # noqa: F811
+def test_language_follows_the_browser_and_the_choice_is_kept(browser, indexed):
     context = browser.new_context(locale="zh-CN")
-    page = context.new_page()  # noqa: F811
+    page = context.new_page()
     page.goto(indexed)
     page.get_by_role("link", name="图库").wait_for()
     page.locator(".st-key-settings button").first.click()
@@ -110,7 +94,7 @@ def test_language_follows_the_browser_and_the_choice_is_kept(browser, indexed): 
 
 
 @pytest.mark.parametrize("path", ["/media/../../../../etc/passwd", "/app/static/../../pyproject.toml", "/etc/passwd"])
-def test_server_gives_no_file_of_the_machine(indexed, path):  # noqa: F811
+def test_server_gives_no_file_of_the_machine(indexed, path):
     try:
         with urlopen(indexed + path) as answer:
             body = answer.read()

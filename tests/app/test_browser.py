@@ -1,130 +1,11 @@
 """The page in a real browser: `photoblip ui` on the demo's photos, with the bundled model."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from urllib.request import urlopen
-
 import pytest
 
 from indexer.demo import copy_demo_photos, demo_manifest
+from tests.app.browsing import DONE, RESULTS, drop_photo, filter_by, loaded, look_why, results, search
 
 pytestmark = pytest.mark.browser
-RESULTS = ".st-key-grid-hits img"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on PATH: chromium, chromium-browser or google-chrome")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def address(browser, tmp_path_factory):
-    """Where the page is served, through the command that users start it with; the library is new."""
-    library = tmp_path_factory.mktemp("demo") / "library"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "indexer.cli", "ui", "--no-browser", "--port", str(port)]
-    environment = os.environ | {"PHOTOBLIP_LIBRARY": str(library)}
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        wait_for(server, f"http://localhost:{port}/_stcore/health")
-        yield f"http://localhost:{port}"
-    finally:
-        server.terminate()
-        output = server.communicate(timeout=20)[0].decode()
-    assert "Traceback" not in output and "deprecated" not in output.lower(), output
-
-
-@pytest.fixture(scope="module")
-def indexed(browser, address, tmp_path_factory):
-    """The same address, once the demo's photos are added through the library page."""
-    photos = tmp_path_factory.mktemp("photos")
-    copied = copy_demo_photos(photos)
-    page = browser.new_page()
-    page.goto(address)
-    page.get_by_role("link", name="Add photos").click()
-    page.get_by_label("Add a folder").fill(str(photos))
-    page.get_by_role("button", name="Add").click()
-    page.get_by_text(f"{len(copied)} added").wait_for(timeout=180_000)
-    page.close()
-    return address
-
-
-@pytest.fixture
-def page(browser):
-    """A page that remembers what went wrong in it."""
-    page = browser.new_page()
-    page.set_default_timeout(120_000)  # other tests run beside this one
-    page.wrong = []
-    page.on("console", lambda message: page.wrong.append(message.text) if is_fault(message) else None)
-    page.on("pageerror", lambda error: page.wrong.append(str(error)))
-    page.on("requestfailed", lambda request: page.wrong.append(f"{request.url}: {request.failure}"))
-    yield page
-    page.close()
-
-
-def is_fault(message) -> bool:
-    """Whether a line of the console is an error, other than Streamlit's own search for the address of its server."""
-    return message.type == "error" and "/_stcore/" not in (message.location or {}).get("url", "")
-
-
-def wait_for(server: subprocess.Popen, url: str, seconds: float = 40.0) -> None:
-    end = time.monotonic() + seconds
-    while server.poll() is None and time.monotonic() < end:
-        try:
-            with urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    server.terminate()
-    pytest.fail(f"the page did not come up:\n{server.communicate(timeout=20)[0].decode()}")
-
-
-def search(page, words: str) -> list[str]:
-    box = page.get_by_label("Describe a photo")
-    box.fill(words)
-    box.press("Enter")
-    return results(page)
-
-
-def results(page) -> list[str]:
-    """What the photos found are called, best first: their alternative text is the caption or the file name."""
-    page.locator(".st-key-found-words").wait_for()
-    page.locator(RESULTS).first.wait_for()
-    idle(page)
-    return [picture.get_attribute("alt") for picture in page.locator(RESULTS).all()]
-
-
-def idle(page) -> None:
-    """Wait until nothing on the page is under way."""
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
-    page.wait_for_timeout(300)  # what the script said last is drawn
-
-
-def loaded(image, seconds: float = 30) -> bool:
-    image.wait_for(timeout=1000 * seconds)
-    return image.evaluate("image => image.decode().then(() => image.naturalWidth > 0)")
 
 
 def count_of_photos() -> int:
@@ -156,7 +37,7 @@ def test_photo_opens_moves_to_the_next_and_leads_back_to_the_same_results(page, 
     page.get_by_text(f"2 of {len(before)}").wait_for()
     page.get_by_role("button", name="Next").click()
     page.get_by_role("heading", name=before[2]).wait_for()
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    page.wait_for_selector(DONE)
     back = page.get_by_role("heading", name=before[1])
     for wait in range(60):
         if back.is_visible():
@@ -176,16 +57,11 @@ def test_photo_opens_moves_to_the_next_and_leads_back_to_the_same_results(page, 
 def test_dropped_photo_is_searched_for_alone_and_with_words_and_a_filter(page, indexed, tmp_path):
     page.goto(indexed)
     copy_demo_photos(tmp_path)
-    page.locator(".st-key-drop input[type=file]").set_input_files(tmp_path / "cat.png")
-    page.get_by_text("Photos like yours").wait_for()
+    drop_photo(page, tmp_path / "cat.png")
     assert results(page)[0] == "cat.png"
     found = search(page, "a rocket")
     assert found, "both together"
-    page.get_by_role("button", name="More").click()
-    page.get_by_label("All filters, as text").fill("type=jpg")
-    page.get_by_label("All filters, as text").press("Enter")
-    page.get_by_role("button", name="type=jpg").wait_for()
-    page.keyboard.press("Escape")
+    filter_by(page, "type=jpg")
     assert all(name.endswith(".jpg") for name in results(page))
     page.reload()
     assert "example=" in page.url and "where=" in page.url
@@ -199,15 +75,7 @@ def test_dropped_photo_is_searched_for_alone_and_with_words_and_a_filter(page, i
 def test_why_shows_where_the_words_are(page, indexed):
     page.goto(f"{indexed}/?q=a+red+motorcycle")
     assert results(page)[0] == "motorcycle.png"
-    page.get_by_role("button", name="Why").first.click()
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text("Match probability").wait_for()
-    first_map = dialog.get_by_role("img", name="where the photo shows")
-    assert loaded(first_map, seconds=120), "the first heat map of a process waits for what it is made with"
-    dialog.get_by_role("radio", name="red").or_(dialog.get_by_role("button", name="red")).first.click()
-    assert loaded(dialog.get_by_role("img", name="where the photo shows red"))
-    page.keyboard.press("Escape")
-    dialog.wait_for(state="detached")
+    look_why(page, "red")
     assert page.wrong == []
 
 
@@ -231,7 +99,7 @@ def test_image_to_text_writes_compares_and_finds(page, indexed, tmp_path):
     page.get_by_role("link", name="Image to text").click()
     page.get_by_text("Which words, and which photos, fit this one?").wait_for()  # the search page takes photos too
     page.wait_for_url("**/image_to_text*")
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]')
+    page.wait_for_selector(DONE)
     page.locator('input[type="file"]').set_input_files(tmp_path / "cat.png")
     page.get_by_text("sampled", exact=True).wait_for()
     page.get_by_label("One text a line").fill("a motorcycle\na cat")
@@ -239,6 +107,45 @@ def test_image_to_text_writes_compares_and_finds(page, indexed, tmp_path):
     page.locator(".pb-text", has_text="a motorcycle").wait_for()
     assert page.locator(".pb-text").first.inner_text() == "a cat"
     page.get_by_role("heading", name="Similar photos").wait_for()
+    assert page.wrong == []
+
+
+def test_words_that_the_model_cannot_read_are_said_so(page, indexed):
+    page.goto(indexed)
+    box = page.get_by_label("Describe a photo")
+    box.fill("狗")
+    box.press("Enter")
+    page.get_by_text("blip-mini reads English and cannot read").wait_for()
+    assert search(page, "a cat 狗")[0] == "cat.png", "what it can read is searched for"
+    page.get_by_text("passes over").wait_for()
+    assert page.wrong == []
+
+
+def test_arrows_move_in_the_grid_and_enter_opens_the_photo(page, indexed):
+    page.set_viewport_size({"width": 1280, "height": 900})  # four columns
+    page.goto(f"{indexed}/?q=a+cat&all=1")
+    names = results(page)
+    page.get_by_role("link", name=names[0], exact=True).focus()
+    for key, at in (("ArrowRight", 1), ("ArrowDown", 5), ("ArrowLeft", 4), ("ArrowUp", 0), ("ArrowLeft", 0)):
+        page.keyboard.press(key)
+        assert page.evaluate("document.activeElement.textContent") == names[at], key
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name=names[4]).wait_for()
+    assert page.wrong == []
+
+
+def test_newcomer_finds_a_photo_in_under_five_clicks(page, serve, tmp_path):
+    page.add_init_script("addEventListener('click', () => { window.clicks = 1 + (window.clicks ?? 0); }, true)")
+    page.goto(serve(tmp_path / "library"))
+    page.get_by_role("link", name="Add photos").click()
+    page.get_by_role("button", name="Try the sample photos").click()
+    page.get_by_role("link", name="Search your photos").click()
+    page.get_by_label("Describe a photo").click()
+    page.keyboard.type("a cat")
+    page.keyboard.press("Enter")
+    assert results(page) == ["cat.png"]
+    assert 2 < page.evaluate("window.clicks") < 5
     assert page.wrong == []
 
 

@@ -313,7 +313,7 @@ def test_only_one_page_of_results_is_drawn_and_the_last_leads_on(folder, tmp_pat
         library.index(folder, workers=0)
     app = open_page(where="width<100", top="12")
     assert len(photos(app)) == 12
-    assert "24 photos+" in app.markdown[0].value
+    assert "24+ photos" in app.markdown[0].value
     app = open_page(where="width<100", top="12", page="2")
     assert len(photos(app)) == 12
     assert "43 photos" in app.markdown[0].value, "looked further, as the end came near"

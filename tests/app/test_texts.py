@@ -1,24 +1,31 @@
 """The interface's texts: each has a translation, and the language follows the browser or the user's choice."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
-from babel.messages.extract import extract_from_dir
 from babel.messages.pofile import read_po
 
 from app import texts
 from tests.app.test_pages import empty_library, folder, html, library, open_page  # noqa: F401 - fixtures
 
 APP = Path(texts.__file__).parent
-KEYWORDS = {"_": None, "_n": (1, 2), "marked": None}
+TEXTS = {"_": 1, "_n": 2, "marked": 1}  # texts that each takes
 LANGUAGES = sorted(set(texts.LANGUAGES) - {"en"})
 
 
 def wanted() -> set:
     """The texts of the code, pairs where there is a plural."""
-    found = extract_from_dir(str(APP), [("**.py", "python")], keywords=KEYWORDS)
-    return {text if isinstance(text, str) else tuple(text) for _, _, text, _, _ in found}
+    trees = (ast.parse(file.read_text(encoding="utf-8")) for file in APP.rglob("*.py"))
+    calls = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))  # in f-strings, too
+    found = set()
+    for call in calls:
+        texts_taken = TEXTS.get(getattr(call.func, "id", ""), 0)
+        said = [each.value for each in call.args[:texts_taken] if isinstance(each, ast.Constant)]
+        if said:
+            found.add(said[0] if texts_taken == 1 else tuple(said))
+    return found
 
 
 def translated(language: str) -> dict:

@@ -7,25 +7,15 @@ every way to browse has something to show. `--keep` keeps the library for the ne
 """
 
 import argparse
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from urllib.request import urlopen
 
 from PIL import Image
 
 from indexer import PhotoLibrary
 from indexer.demo import copy_demo_photos
+from tests.app.browsing import FLAGS, chromium, ready, served
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 LOOKS = {
     "light": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"},
@@ -43,6 +33,8 @@ PAGES = {
     "image_to_text": "image_to_text",
     "library": "library",
     "evaluate": "evaluate",
+    "results": "?q=a+red+motorcycle&all=1",
+    "why": "?q=a+red+motorcycle",
 }
 PLACES = [((48, 51, 24), (2, 21, 7)), ((52, 31, 12), (13, 24, 18)), ((35, 40, 30), (139, 45, 0))]
 CAMERAS = [("Google", "Pixel 8"), ("Canon", "Canon EOS R6"), ("Apple", "iPhone 14")]
@@ -89,46 +81,35 @@ def describe(source: Path, target: Path, at: int) -> None:
         picture.convert("RGB").save(target, exif=exif)
 
 
-@contextmanager
-def served(library: Path) -> Iterator[str]:
-    """The address of the page over a library, through the command that users start it with."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "indexer.cli", "ui", "--no-browser", "--port", str(port)]
-    server = subprocess.Popen(command, env=os.environ | {"PHOTOBLIP_LIBRARY": str(library)})
-    address, end = f"http://localhost:{port}", time.monotonic() + 60
-    try:
-        while time.monotonic() < end:
-            try:
-                with urlopen(f"{address}/_stcore/health", timeout=5):
-                    break
-            except OSError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(20)
-
-
 def settle(page) -> None:
     """Wait until the script is done, its pictures are there and nothing moves."""
-    page.wait_for_selector('[data-testid="stApp"][data-test-script-state="notRunning"]', timeout=60_000)
+    ready(page)
     page.wait_for_load_state("networkidle")
-    page.wait_for_timeout(700)
 
 
-def shoot(address: str, out: Path, pages: list[str], looks: list[str]) -> None:
+def act(page, name: str, folder: Path) -> None:
+    """What a reader does on a page before its picture is taken."""
+    if name == "why":
+        page.locator('[class*="st-key-why-hits-"] button').first.click()
+        page.locator('[role="dialog"] .st-key-large img').wait_for(timeout=120_000)
+    elif name == "image_to_text":
+        page.locator('input[type="file"]').set_input_files(folder / "originals" / "cat.png")
+        page.locator('[class*="st-key-grid-similar"] img').first.wait_for(timeout=120_000)
+    settle(page)
+
+
+def shoot(address: str, folder: Path, out: Path, pages: list[str], looks: list[str]) -> None:
     from playwright.sync_api import sync_playwright
 
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
+        browser = started.chromium.launch(executable_path=chromium(), args=FLAGS)
         for look in looks:
             page = browser.new_context(**LOOKS[look]).new_page()
+            page.set_default_timeout(120_000)
             for name in pages:
                 page.goto(f"{address}/{PAGES[name]}")
                 settle(page)
+                act(page, name, folder)
                 page.screenshot(path=out / f"{name}-{look}.png")
                 width = page.evaluate("document.documentElement.scrollWidth")
                 print(f"{name} {look}: {width} px wide")
@@ -148,7 +129,7 @@ def main() -> None:
         folder = (wanted.keep or Path(scratch)).absolute()
         fill(folder).close()
         with served(folder / "library") as address:
-            shoot(address, wanted.out, wanted.only, wanted.looks)
+            shoot(address, folder, wanted.out, wanted.only, wanted.looks)
 
 
 if __name__ == "__main__":
