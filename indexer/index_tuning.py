@@ -2,7 +2,8 @@
 
 Words are off the photos' distribution: their cosines with photos are lower, and their nearest photos spread over more
 lists. So the margin is taken from text queries, the library's own captions; where there are none, from made-up ones
-that need as wide a margin (measured: tests/benchmarks/bench_vector_index.py).
+that need as wide a margin. What recall a margin from captions gives on other captions, and what a search then costs,
+is measured by tests/benchmarks/bench_vector_index.py.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,7 @@ from sqlalchemy import select
 
 from indexer.catalog import Catalog, is_present
 from indexer.errors import QueryError
-from indexer.exclusion import Exclusion
+from indexer.exclusion import AGAINST, Exclusion, none_shown
 from indexer.filters import Where, compile_filters
 from indexer.full_text import NOTHING, FullText
 from indexer.fusion import Candidates, fuse
@@ -31,6 +31,7 @@ TEXT_BATCH = 256
 KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
 SAMPLE = 2000  # photos of the library that a query's cosines are compared with
 NO_PHOTOS = np.zeros(0, np.int64), np.zeros(0, np.float32)
+LIKELY = 0.5  # the probability from which a photo is likelier meant than not
 SPARE = 3  # candidates for each one that is wanted, where some will be left out
 
 
@@ -151,8 +152,8 @@ class _Row:
 
     photo_id: int
     itc: float | None
-    itc_rank: int | None
-    text_rank: int | None
+    itc_rank: int | None = None
+    text_rank: int | None = None
     itm: float | None = None
     probability: float | None = None
     likely: bool | None = None
@@ -209,8 +210,8 @@ class Searcher:
         started = time.monotonic()
         words = self._reading(query)
         rerank = rerank if query.text and self.encoder.can_match and words.matches else 0
-        found = self._candidates(query, max(top_k, rerank))
-        excluded = Exclusion(query.without, found, self)
+        excluded = Exclusion(query.without, self)
+        found = self._candidates(query, max(top_k, rerank), excluded)
 
         def results(rows: list[_Row], read: int, last: bool) -> SearchResults:
             rows = [row for row in rows if not last or _passes(row, min_probability, likely)]
@@ -221,14 +222,19 @@ class Searcher:
             counts = {"reranked": read, "candidates": len(found), "seconds": spent}
             return SearchResults(hits, query=query, notice=words.notice, **counts)
 
-        if first or not rerank:
-            kept = excluded.by_vectors() if rerank else excluded.by_matching(top_k, budget_seconds)
-            yield results(self._rows(found.only(kept), {}, query), 0, last=not rerank)
-        if rerank:
-            kept = found.only(excluded.by_matching(max(top_k, rerank), budget_seconds))
+        if first and rerank:
+            yield results(self._rows(found.only(excluded.by_vectors(found.ids)), {}, query), 0, last=False)
+        if not rerank:
+            kept = found.only(excluded.judge(found.ids, top_k, budget_seconds).rows)
+            yield results(self._rows(kept, {}, query), 0, last=True)
+        else:
+            share = len(excluded.texts) / (len(excluded.texts) + 1)  # of the time: an even one for each text
+            judged = excluded.judge(found.ids, rerank, None if budget_seconds is None else share * budget_seconds)
+            kept = found.only(judged.rows)
+            read = [i for i in kept.ids.tolist() if i in judged.log_odds] if judged.log_odds else kept.ids.tolist()
             left = None if budget_seconds is None else max(0.0, budget_seconds - (time.monotonic() - started))
-            margins = self.reranker.score(query.text, kept.ids[:rerank].tolist(), left)
-            yield results(self._rows(kept, margins, query), len(margins), last=True)
+            margins = self.reranker.score(query.text, read[:rerank], left)
+            yield results(self._rows(kept, margins, query, judged.log_odds), len(margins), last=True)
 
     def similar(self, photo_id: int, top_k: int = 20, where: Where | None = None) -> SearchResults:
         """Photos whose vectors lie next to this one's; the photo itself is left out."""
@@ -250,7 +256,9 @@ class Searcher:
             pairs = np.stack([np.zeros(len(best), int), np.arange(len(best))], 1)
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
-        rows = [self._row(int(i), float(itc[i]), margins.get(int(i))) for i in order]
+        read = [int(i) for i in order if int(i) in margins]
+        told = self._told(read, [margins[i] for i in read], itc[read])
+        rows = [_Row(int(i), float(itc[i]), **told.get(int(i), {})) for i in order]
         results = [
             TextResult(rank, lines[row.photo_id], row.itc, row.itm, row.probability, texts[lines[row.photo_id]])
             for rank, row in enumerate(_ordered(rows)[:top_k], start=1)
@@ -311,6 +319,11 @@ class Searcher:
             return np.zeros(0, np.float32)
         return np.clip(nearest_cosines(self.index.vectors(ids) @ vector), -1, 1)
 
+    def standing(self, ids: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """How near photos are to a unit vector [E], in standard deviations over the library's mean: float64 [n]."""
+        mean, spread = self.background(vector)
+        return (self.cosines(ids, vector).astype(float) - mean) / max(spread, 1e-6)
+
     def background(self, vector: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of a query's cosines over the library: what an average photo has."""
         if self._sampled is None or self._sampled[0] != self.index.generation:
@@ -328,16 +341,22 @@ class Searcher:
         found = ids[0] >= 0
         return ids[0][found], np.clip(scores[0][found], -1, 1)  # float16 vectors are not exactly of unit length
 
-    def _candidates(self, query: Query, wanted: int) -> Candidates:
-        """Photos that may answer, best first by both lists; all pass the filters."""
-        wanted = wanted * SPARE if query.without else wanted
+    def _candidates(self, query: Query, wanted: int, excluded: Exclusion) -> Candidates:
+        """Photos that may answer, best first by both lists; all pass the filters, and no words leave them out."""
+        found = self._found(query, wanted * SPARE if excluded else wanted, excluded)
+        return found.only(~excluded.said_beside(found.ids)) if excluded else found
+
+    def _found(self, query: Query, wanted: int, excluded: Exclusion) -> Candidates:
         vector = self.vector(query)
         condition = compile_filters(query.where)
         if vector is None and not query.text:
             return self._newest(condition, wanted)
-        among = None if condition is None else self.catalog.searchable_ids(self.model.id, condition)
+        among = None if condition is None else self._passing(condition)
         wanted += len(query.photo_ids)
         ids, itc = NO_PHOTOS if vector is None else self.nearest(vector, wanted, among)
+        if excluded and len(ids):
+            order = np.argsort(excluded.likeness(ids).sum(1) - self.standing(ids, vector), kind="stable")
+            ids, itc = ids[order], itc[order]
         searchable = self.index.ids() if among is None else among
         found = fuse(ids, self.texts.search(query.text, wanted, searchable) if query.text else NOTHING)
         if vector is None:  # words that the model cannot read are looked for beside the photos alone
@@ -347,6 +366,15 @@ class Searcher:
         known |= dict(zip(others.tolist(), self.cosines(others, vector).tolist(), strict=True))
         found = replace(found, cosines=np.array([known[i] for i in found.ids.tolist()], np.float32))
         return found.only(~np.isin(found.ids, query.photo_ids))
+
+    def _passing(self, condition) -> np.ndarray:
+        """Sorted int64 ids of the photos in the index that pass a filter.
+
+        The index is level with the catalog: that a photo has a vector and lies on disk need not be asked again.
+        """
+        rows = self.catalog.stream(select(Photo.id).where(condition).order_by(Photo.id))
+        passing = np.fromiter((row[0] for row in rows), np.int64)
+        return passing[np.isin(passing, self.index.ids(), assume_unique=True)]
 
     def _newest(self, condition, wanted: int) -> Candidates:
         """Photos that pass a filter, the newest first: all there is to go by where nothing is looked for."""
@@ -360,30 +388,53 @@ class Searcher:
 
     # -- the order ------------------------------------------------------------------------------------------
 
-    def _rows(self, found: Candidates, margins: dict[int, float], query: Query) -> list[_Row]:
-        """Candidates in their final order: those that were read by what speaks for them, then the others as found."""
+    def _rows(
+        self,
+        found: Candidates,
+        margins: dict[int, float],
+        query: Query,
+        against: dict[int, np.ndarray] | None = None,
+    ) -> list[_Row]:
+        """Candidates in their final order: those that were read by what speaks for them, then the others as found.
+
+        Args:
+            against: photo id -> the log odds of each phrase that must not be there.
+        """
+        ids = found.ids.tolist()
         cosines = [None] * len(found) if found.cosines is None else found.cosines.tolist()
-        ranks = zip(found.itc_ranks.tolist(), found.text_ranks.tolist(), found.strengths.tolist(), strict=True)
+        read = [row for row, photo_id in enumerate(ids) if photo_id in margins]
+        told = {}
+        if read:
+            itc = found.cosines[read] if found.cosines is not None else np.zeros(len(read))
+            named = [ids[row] for row in read]
+            spoken_against = np.array([against[i] for i in named]) if against else None
+            told = self._told(named, [margins[i] for i in named], itc, found.strengths[read], spoken_against)
         rows = [
-            self._row(photo_id, cosine, margins.get(photo_id), strength, itc_rank or None, text_rank or None)
-            for photo_id, cosine, (itc_rank, text_rank, strength) in zip(
-                found.ids.tolist(), cosines, ranks, strict=True
+            _Row(photo_id, cosine, itc_rank or None, text_rank or None, **told.get(photo_id, {}))
+            for photo_id, cosine, itc_rank, text_rank in zip(
+                ids, cosines, found.itc_ranks.tolist(), found.text_ranks.tolist(), strict=True
             )
         ]
         named = [row.photo_id for row in rows if row.itm is not None and (query.is_exact or row.text_rank)]
         sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
         return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
 
-    def _row(self, photo_id, cosine, margin, strength=0.0, itc_rank=None, text_rank=None) -> _Row:
-        if margin is None:
-            return _Row(photo_id, cosine, itc_rank, text_rank)
+    def _told(self, ids, margins, cosines, strengths=0.0, against=None) -> dict[int, dict]:
+        """What the second stage says of photos that it read, as fields of `_Row`.
+
+        Args:
+            margins, cosines, strengths: [n]. against: log odds [n, number of phrases], of what must not be there.
+        """
         from blipcore.calibration import sigmoid
 
-        scoring = self.encoder.scoring
-        odds = float(scoring.log_odds(margin, cosine, strength))
-        itm, probability = float(sigmoid(margin)), float(sigmoid(odds))
-        order = float(scoring.fused(margin, cosine)) * scoring.scale + scoring.text_weight * strength
-        return _Row(photo_id, cosine, itc_rank, text_rank, itm, probability, probability >= 0.5, order)
+        scoring, margins = self.encoder.scoring, np.asarray(margins, np.float64)
+        score = scoring.scale * scoring.fused(margins, cosines) + scoring.text_weight * strengths
+        probability = sigmoid(scoring.log_odds(margins, cosines, strengths))
+        if against is not None:
+            score = score - AGAINST * against.sum(1)
+            probability = probability * [none_shown(each) for each in against]
+        columns = zip(ids, sigmoid(margins).tolist(), probability.tolist(), score.tolist(), strict=True)
+        return {i: {"itm": m, "probability": p, "likely": p >= LIKELY, "score": s} for i, m, p, s in columns}
 
     def _results(self, rows: list[_Row]) -> list[SearchResult]:
         photos = self.catalog.photo_rows([row.photo_id for row in rows])

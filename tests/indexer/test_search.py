@@ -67,6 +67,13 @@ def test_filters_stand_in_the_box_and_beside_it(library, photos):
     assert library.search("blue width=300", where={"width": 60}) == []
 
 
+def test_a_filter_does_not_find_a_photo_that_is_gone(library, photos):
+    (photos / "red.png").unlink()
+    library.index(photos, workers=0)
+    assert sorted(names(library.search("red", where="width=60"))) == ["blue", "green", "yellow"]
+    assert library.search("red", where={"id": 10_000}) == []
+
+
 def test_a_filter_alone_lists_the_newest_photos_that_pass(library, photos):
     paint(photos / "big.png", COLOURS["red"], (300, 200))
     library.index(photos, workers=0)
