@@ -1,13 +1,11 @@
 """Captions, 8 photos at once and 3 beams, pixels to tokens: transformers' `generate` against photoblip, same weights.
 
 Speed needs no trained weights, so BLIP-base (ViT-B/16 at 384) is random: its texts never end early, all have 20 tokens.
-Photos are Flickr8k's where they are, drawn ones elsewhere. `--out DIR` writes captions.md there.
+Photos are Flickr8k's where they are, drawn ones elsewhere.
 """
 
-import argparse
 import tarfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from blipcore.models.blip import Blip
 from blipcore.models.generation import Limits, beam_search
 from blipcore.models.presets import blip_base
 from blipcore.transforms import Normalizer, TextTokenizer, squash
-from tests.benchmarks.machine import machine, versus
+from tests.benchmarks.machine import arguments, draw_bars, hush, machine, publish, ratios, table, versus
 from tests.tiny import BUNDLED, SHARED_DATA, TOKENIZER, drawn_photo
 
 PHOTOS, BEAMS, ROUNDS = 8, 3, 3
@@ -52,17 +50,17 @@ def hub_class(model: LoadedModel, dtype: torch.dtype) -> nn.Module:
     return theirs.to(dtype).eval()
 
 
-def photos(side: int) -> np.ndarray:
+def photos(side: int, count: int) -> np.ndarray:
     """uint8 [B, S, S, 3]."""
     archive = SHARED_DATA / "flickr8k" / "test.tar"
     found = []
     if archive.exists():
         with tarfile.open(archive) as members:
-            while len(found) < PHOTOS:
+            while len(found) < count:
                 member = members.next()
                 if member.isfile():
                     found.append(Image.open(members.extractfile(member)).convert("RGB"))
-    found = found or [drawn_photo(seed, (400, 300)) for seed in range(PHOTOS)]
+    found = found or [drawn_photo(seed, (400, 300)) for seed in range(count)]
     return np.stack([squash(photo, side) for photo in found])
 
 
@@ -90,14 +88,14 @@ def by_photoblip(model: LoadedModel, dtype: torch.dtype, pixels: np.ndarray) -> 
 
 
 @torch.inference_mode()
-def compare(make: Callable[[], LoadedModel], rounds: int) -> list[dict]:
+def compare(make: Callable[[], LoadedModel], count: int, rounds: int) -> list[dict]:
     """-> a row a way: ms an image, its ratios to transformers' two, and how many texts equal transformers'."""
     models = {dtype: make() for dtype in NAMES}
     theirs = {dtype: hub_class(models[torch.float32], dtype) for dtype in NAMES}
     for dtype, model in models.items():
         BlipEncoder(model, "cpu", "bf16" if dtype == torch.bfloat16 else "fp32")  # as it is run: packed, in a precision
     model = models[torch.float32]
-    pixels = photos(model.captioner.config.vision_config.image_size)
+    pixels = photos(model.captioner.config.vision_config.image_size, count)
     ways = {f"transformers, {name}": lambda dtype=dtype: by_transformers(model, theirs[dtype], pixels)
             for dtype, name in NAMES.items()}  # fmt: skip
     ways |= {f"photoblip, {name}": lambda dtype=dtype: by_photoblip(models[dtype], dtype, pixels)
@@ -105,13 +103,13 @@ def compare(make: Callable[[], LoadedModel], rounds: int) -> list[dict]:
     found = {way: run() for way, run in ways.items()}
     times = versus(ways, rounds)
     exact, low = list(times)[:2]
+    faster, faster_low = ratios(times, exact), ratios(times, low)
     return [
         {
             "way": way,
-            "ms": 1000 * median / PHOTOS,
-            "best": 1000 * best / PHOTOS,
-            "ratio": times[exact][0] / median,
-            "ratio_low": times[low][0] / median,
+            "ms": 1000 * median / len(pixels),
+            "best": 1000 * best / len(pixels),
+            "ratios": (*faster[way], *faster_low[way]),
             "same": same(found[way], found[exact]),
             "same_low": same(found[way], found[low]),
             "words": np.mean([len(text) for text in found[way]]),
@@ -124,30 +122,32 @@ def same(left: Ids, right: Ids) -> int:
     return sum(a == b for a, b in zip(left, right, strict=True))
 
 
-def table(title: str, rows: list[dict]) -> list[str]:
-    heading = "| way | ms an image | best | x their float32 | x their bfloat16 | same as their float32 | as bfloat16 |"
-    lines = [f"### {title}", "", heading, "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        figures = f"{row['ms']:.0f} | {row['best']:.0f} | {row['ratio']:.1f} | {row['ratio_low']:.1f}"
-        lines.append(f"| {row['way']} | {figures} | {row['same']} of {PHOTOS} | {row['same_low']} of {PHOTOS} |")
-    length = rows[0]["words"]
-    return [*lines, "", f"{length:.1f} tokens a text on average.", ""]
+def rows(found: list[dict], photos: int) -> list[str]:
+    heading = ("way", "ms an image, median", "best", "x their float32, median", "best", "x their bfloat16, median",
+               "best", "same texts as their float32", "as bfloat16")  # fmt: skip
+    lines = table(heading, [
+        (row["way"], f"{row['ms']:.0f}", f"{row['best']:.0f}", *(f"{ratio:.1f}" for ratio in row["ratios"]),
+         f"{row['same']} of {photos}", f"{row['same_low']} of {photos}")
+        for row in found
+    ])  # fmt: skip
+    return [*lines, f"{found[0]['words']:.1f} tokens a text on average.", ""]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for the table")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser = arguments(__doc__, ROUNDS)
+    parser.add_argument("--photos", type=int, default=PHOTOS, help=f"at once ({PHOTOS})")
     options = parser.parse_args()
-    lines = [machine(), ""]
+    hush()
+    lines, groups = [f"{machine()}. {BEAMS} beams, {options.photos} photos at once, {options.rounds} rounds.", ""], {}
+    print(lines[0], flush=True)
     models = {"BLIP-base, ViT-B/16 at 384, random weights": random_base, "blip-mini, as shipped": bundled}
     for title, make in models.items():
-        lines += table(title, compare(make, options.rounds))
-        print("\n".join(lines), flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = f"# Captions: {PHOTOS} photos at once, {BEAMS} beams\n\n" + "\n".join(lines)
-        (options.out / "captions.md").write_text(text, encoding="utf-8")
+        found = compare(make, options.photos, options.rounds)
+        part = [f"### {title}", "", *rows(found, options.photos)]
+        print("\n".join(part), flush=True)
+        lines += part
+        groups[title] = {row["way"]: row["ms"] for row in found}
+    publish(options.out, "captions", "Captions", lines, lambda file: draw_bars(groups, "ms an image", file))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""A JPEG to the model's input: Pillow's full decode against the scaled decode that indexing uses.
+"""A JPEG to the model's input: Pillow's full decode against the scaled decode that indexing uses, in one process.
 
-A camera file where there is one, made larger; a drawn picture elsewhere. `--out DIR` writes decode.md.
+A camera file where there is one, made larger; a drawn picture elsewhere.
 """
 
-import argparse
 import io
 import tempfile
 from pathlib import Path
@@ -12,20 +11,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from indexer.images import decode_photo
-from tests.benchmarks.machine import machine, versus
-from tests.tiny import SHARED_DATA, drawn_photo
+from tests.benchmarks.machine import arguments, draw_bars, machine, publish, ratios, table, versus
+from tests.benchmarks.photos import noisy
+from tests.tiny import SHARED_DATA
 
 SIZES = {"12 MP": (4000, 3000), "24 MP": (6000, 4000)}
-SIDES = (288, 384)
+SIDES = (288, 384)  # blip-mini's input and BLIP-base's
 
 
 def photo() -> tuple[Image.Image, str]:
     file = SHARED_DATA / "camera" / "42_IndexError.jpg"
     if file.exists():
         return ImageOps.exif_transpose(Image.open(file)).convert("RGB"), "a phone's photo"
-    noise = np.random.default_rng(0).normal(0, 12, (3000, 4000, 3))
-    smooth = np.asarray(drawn_photo(1, (4000, 3000)), np.float32)
-    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8)), "a drawn picture with noise"
+    return noisy(1, (4000, 3000)), "a drawn picture with noise"
 
 
 def full_decode(file: Path, side: int) -> np.ndarray:
@@ -38,14 +36,21 @@ def psnr(left: np.ndarray, right: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
+def measure(file: Path, side: int, folder: Path, rounds: int) -> tuple[dict[str, tuple[float, float]], float]:
+    """(Median and best seconds of each way, dB by which the model's input is that of the full decode)."""
+    count = iter(range(10_000))
+    times = versus({
+        "full": lambda: full_decode(file, side),
+        "ours": lambda: decode_photo(str(file), input_size=side, thumbnails=None),
+        "all": lambda: decode_photo(str(file), input_size=side, thumbnails=folder / str(next(count))),
+    }, rounds)  # fmt: skip
+    return times, psnr(full_decode(file, side), decode_photo(str(file), input_size=side, thumbnails=None).pixels)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for the table")
-    options = parser.parse_args()
+    options = arguments(__doc__, rounds=7).parse_args()
     picture, kind = photo()
-    lines = [f"{machine()}; {kind}, one process", ""]
-    lines += ["| photo | input | Pillow, full decode | photoblip | ratio | PSNR | with thumbnail and hashes |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    rows, groups = [], {}
     with tempfile.TemporaryDirectory() as name:
         for title, size in SIZES.items():
             data = io.BytesIO()
@@ -53,27 +58,19 @@ def main() -> None:
             file = Path(name) / f"{size[0]}.jpg"
             file.write_bytes(data.getvalue())
             for side in SIDES:
-                lines.append(row(title, file, side, Path(name)))
-                print("\n".join(lines), flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "decode.md").write_text("# Decoding\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
-
-
-def row(title: str, file: Path, side: int, folder: Path) -> str:
-    count = iter(range(10_000))
-    times = versus({
-        "full": lambda: full_decode(file, side),
-        "ours": lambda: decode_photo(str(file), input_size=side, thumbnails=None),
-        "all": lambda: decode_photo(str(file), input_size=side, thumbnails=folder / str(next(count))),
-    })  # fmt: skip
-    full, ours, everything = (1000 * times[name][0] for name in ("full", "ours", "all"))
-    quality = psnr(full_decode(file, side), decode_photo(str(file), input_size=side, thumbnails=None).pixels)
-    size = file.stat().st_size / 1e6
-    return (
-        f"| {title}, {size:.1f} MB | {side} | {full:.0f} ms | {ours:.0f} ms | {full / ours:.1f} | {quality:.1f} dB "
-        f"| {everything:.0f} ms |"
-    )
+                times, quality = measure(file, side, Path(name), options.rounds)
+                ratio = ratios(times)["ours"]
+                shown = [f"{1000 * times[way][0]:.0f}" for way in ("full", "ours", "all")]
+                rows.append((f"{title}, {len(data.getvalue()) / 1e6:.1f} MB", side, *shown[:2], f"{ratio[0]:.1f}",
+                             f"{ratio[1]:.1f}", f"{quality:.1f}", shown[2]))  # fmt: skip
+                named = {"Pillow": "full", "photoblip": "ours"}
+                groups[f"{title} to {side}"] = {shown: 1000 * times[way][0] for shown, way in named.items()}
+                print(*rows[-1], flush=True)
+    heading = ("photo", "input", "Pillow's full decode, ms", "photoblip, ms", "ratio of medians", "of bests",
+               "PSNR, dB", "with thumbnail and hashes, ms")  # fmt: skip
+    lines = [f"{machine()}. {kind}, one process, {options.rounds} rounds.", "", *table(heading, rows)]
+    print("\n".join(lines))
+    publish(options.out, "decode", "Decoding", lines, lambda file: draw_bars(groups, "ms", file))
 
 
 if __name__ == "__main__":

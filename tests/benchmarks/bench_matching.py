@@ -1,98 +1,102 @@
-"""Re-ranking 100 candidates with an 8-token query: transformers' forward against the matcher over kept image tokens.
+"""Re-ranking 100 candidates with an 8-token query: transformers' forward against photoblip over kept image tokens.
 
-Speed needs no trained weights, so ViT-B/384 (BLIP-base) is random. `--out DIR` writes matching.md there.
+As searches call it: text to margins, by an encoder in its precision with packed weights. Speed needs no trained
+weights, so both shapes are random. What transformers needs for all candidates is scaled up from 2 photos.
 """
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from blipcore.matcher import match_pairs
+from blipcore.checkpoint import LoadedModel
+from blipcore.encoder import BlipEncoder
 from blipcore.models.blip import Blip, starting_with
 from blipcore.models.presets import PRESETS
-from blipcore.patches import Patches, pack, unpack
-from tests.benchmarks.machine import machine, versus
+from blipcore.patches import Patches
+from blipcore.transforms import Normalizer, TextTokenizer
+from tests.benchmarks.machine import arguments, draw_bars, machine, publish, ratios, table, versus
+from tests.tiny import TOKENIZER
 
-CANDIDATES, RECOMPUTED, ROUNDS = 100, 2, 5
-IDS = torch.tensor([[101, 2048, 6077, 2377, 1999, 1996, 4586, 102]])  # two dogs play in the snow
-MASK = torch.ones_like(IDS)
+CANDIDATES, RECOMPUTED, ROUNDS, AT_ONCE = 100, 2, 3, 20
+TEXT = "two dogs play in the snow"
+SHAPES = {"blip-mini": "blip-mini, ViT-Tiny/16 at 288", "blip-base": "BLIP-base, ViT-B/16 at 384"}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @torch.inference_mode()
-def compare(preset: str, precision: torch.dtype, rounds: int = ROUNDS) -> list[dict]:
-    """-> one {"way", "ms", "best_ms", "ratio"} a way, for 100 candidates; the first way is what the ratios refer to."""
+def compare(preset: str, precision: str, rounds: int, candidates: int = CANDIDATES) -> dict[str, tuple[float, float]]:
+    """-> {way: median and best seconds}: transformers' whole forward, then its text side, then photoblip's."""
     torch.manual_seed(0)
-    config = PRESETS[preset]()
-    model = Blip(config, captioning=False).eval()
+    config, dtype = PRESETS[preset](), PRECISIONS[precision]
+    model = Blip(config, captioning=False)
     theirs = BlipForImageTextRetrieval(BlipConfig.from_dict(config.to_dict())).eval()
     theirs.load_state_dict(model.state_dict(), strict=False)
-    side, ids = config.vision_config.image_size, starting_with(model.enc_token_id, IDS)
+    their_text = BlipForImageTextRetrieval(theirs.config).text_encoder.eval()
+    their_text.load_state_dict(theirs.text_encoder.state_dict())
+    their_text.to(dtype)
+    tokenizer, side = TextTokenizer(TOKENIZER), config.vision_config.image_size
+    ids, mask = tokenizer([TEXT])
+    ids = starting_with(model.enc_token_id, ids)
     pixels = torch.randn(RECOMPUTED, 3, side, side)
-    tokens = model.encode_images(pixels).repeat(CANDIDATES // RECOMPUTED, 1, 1)
-    records = {form: pack(tokens, form) for form in ("int8", "int8-62")}
-    model.to(precision)
-    their_text = BlipForImageTextRetrieval(theirs.config).eval().to(precision).text_encoder
-    pairs = np.stack([np.arange(CANDIDATES), np.zeros(CANDIDATES, int)], 1)
-    kept = {form: unpack(found, precision) for form, found in records.items()}
-    name = str(precision).removeprefix("torch.")
-
-    def text_side() -> None:
-        for start in range(0, CANDIDATES, 20):
-            part = tokens[start : start + 20].to(precision)
-            expanded, mask = ids.expand(len(part), -1), MASK.expand(len(part), -1)
-            their_text(expanded, attention_mask=mask, encoder_hidden_states=part)
-
-    def ours(patches: Patches) -> None:
-        match_pairs(model, patches, IDS, MASK, pairs)
+    tokens = model.eval().encode_images(pixels).repeat(-(-candidates // RECOMPUTED), 1, 1)[:candidates]
+    loaded = LoadedModel(preset, "", tokenizer, Normalizer((0.5,) * 3, (0.5,) * 3), model)
+    encoder = BlipEncoder(loaded, "cpu", precision)
+    records = {form: encoder.pack_tokens(tokens, form) for form in ("int8", "int8-62")}
+    whole_tokens, merged = Patches(tokens.to(dtype)), encoder.unpack_tokens(records["int8-62"])
+    pairs = np.stack([np.arange(candidates), np.zeros(candidates, int)], 1)
 
     def whole() -> None:
-        mask = MASK.expand(RECOMPUTED, -1)
-        theirs(input_ids=ids.expand(RECOMPUTED, -1), attention_mask=mask, pixel_values=pixels)
+        theirs(input_ids=ids.expand(RECOMPUTED, -1), attention_mask=mask.expand(RECOMPUTED, -1), pixel_values=pixels)
 
-    ways = {
-        "transformers, ViT recomputed, float32": whole,
-        f"transformers' text side on kept tokens, {name}": text_side,
-        f"photoblip, all tokens, {name}": lambda: ours(Patches(tokens.to(precision))),
-        f"photoblip, 62 merged tokens, {name}": lambda: ours(kept["int8-62"]),
-        f"photoblip, all tokens, from 8-bit records, {name}": lambda: ours(unpack(records["int8"], precision)),
-        f"photoblip, 62 merged tokens, from 8-bit records, {name}": lambda: ours(unpack(records["int8-62"], precision)),
-    }
-    scale = {next(iter(ways)): CANDIDATES / RECOMPUTED}
-    times = versus(ways, rounds)
-    rows = [
-        {"way": way, "ms": 1000 * median * scale.get(way, 1), "best_ms": 1000 * best * scale.get(way, 1)}
+    def text_side() -> None:
+        for part in whole_tokens.features.split(AT_ONCE):
+            expanded = ids.expand(len(part), -1), mask.expand(len(part), -1)
+            their_text(expanded[0], attention_mask=expanded[1], encoder_hidden_states=part)
+
+    def ours(patches: Patches) -> None:
+        encoder.match_tokens(patches, [TEXT], pairs)
+
+    def stored(form: str) -> None:
+        ours(encoder.unpack_tokens(records[form]))
+
+    times = versus({
+        "transformers, ViT recomputed, fp32": whole,
+        f"transformers' text side on kept tokens, {precision}": text_side,
+        f"photoblip, all tokens, {precision}": lambda: ours(whole_tokens),
+        f"photoblip, 62 merged tokens, {precision}": lambda: ours(merged),
+        f"photoblip, all tokens, from 8-bit records, {precision}": lambda: stored("int8"),
+        f"photoblip, 62 merged, from 8-bit records, {precision}": lambda: stored("int8-62"),
+    }, rounds)  # fmt: skip
+    first, scale = next(iter(times)), candidates / RECOMPUTED
+    return times | {first: (times[first][0] * scale, times[first][1] * scale)}
+
+
+def rows(times: dict[str, tuple[float, float]]) -> list[str]:
+    whole, text = (ratios(times, way) for way in list(times)[:2])
+    heading = ("way", "median ms", "best ms", "x whole forward, median", "best", "x text side, median", "best")
+    return table(heading, [
+        (way, f"{1000 * median:,.0f}", f"{1000 * best:,.0f}", *(f"{each:.1f}" for each in (*whole[way], *text[way])))
         for way, (median, best) in times.items()
-    ]
-    return [row | {"ratio": rows[0]["ms"] / row["ms"], "ratio_text": rows[1]["ms"] / row["ms"]} for row in rows]
-
-
-def table(preset: str, precision: torch.dtype, rows: list[dict]) -> list[str]:
-    lines = [f"### {preset}, {str(precision).removeprefix('torch.')}", ""]
-    lines += ["| way | median ms | best ms | x whole forward | x text side |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {row['way']} | {row['ms']:,.0f} | {row['best_ms']:,.0f} | {row['ratio']:.1f} | {row['ratio_text']:.1f} |"
-        for row in rows
-    ]
-    return [*lines, ""]
+    ])  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for the table")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser = arguments(__doc__, ROUNDS)
+    parser.add_argument("--candidates", type=int, default=CANDIDATES)
+    parser.add_argument("--presets", nargs="+", choices=SHAPES, default=list(SHAPES))
     options = parser.parse_args()
-    lines = [machine(), ""]
-    for preset in ("blip-mini", "blip-base"):
-        for precision in (torch.float32, torch.bfloat16):
-            lines += table(preset, precision, compare(preset, precision, options.rounds))
-            print("\n".join(lines), flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = f"# Matching {CANDIDATES} candidates\n\n" + "\n".join(lines)
-        (options.out / "matching.md").write_text(text, encoding="utf-8")
+    lines, groups = [f"{machine()}. {options.candidates} candidates, {options.rounds} rounds.", ""], {}
+    print(lines[0], flush=True)
+    for preset in options.presets:
+        for precision in PRECISIONS:
+            times = compare(preset, precision, options.rounds, options.candidates)
+            part = [f"### {SHAPES[preset]}, {precision}", "", *rows(times)]
+            print("\n".join(part), flush=True)
+            lines += part
+            shown = zip(("transformers", "its text side", "photoblip"), times.values(), strict=False)
+            groups[f"{preset}, {precision}"] = {name: 1000 * median for name, (median, _) in shown}
+    publish(options.out, "matching", f"Matching {options.candidates} candidates", lines,
+            lambda file: draw_bars(groups, "ms", file, logarithmic=True))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """Vision towers, pixels to vectors: transformers' own (eager: it has no other) against photoblip, same weights.
 
-Speed needs no trained weights, so ViT-B/16 at 384 (BLIP-base) is random. `--out DIR` writes towers.md there.
+Speed needs no trained weights, so ViT-B/16 at 384 (BLIP-base) is random.
 """
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +16,7 @@ from blipcore.models.config import VisionConfig
 from blipcore.models.packed import bfloat16_pays
 from blipcore.models.presets import blip_base
 from blipcore.transforms import Normalizer, TextTokenizer
-from tests.benchmarks.machine import machine, matmul_rate, versus
+from tests.benchmarks.machine import arguments, draw_bars, machine, matmul_rate, publish, ratios, table, versus
 from tests.tiny import BUNDLED, TOKENIZER
 
 ROUNDS = 5
@@ -77,12 +74,13 @@ def compare(make, images: int, rounds: int) -> list[dict]:
     exact = next(iter(ways.values()))()
     cosines = {way: float((run() * exact).sum(1).min()) for way, run in ways.items()}
     times, peak = versus(ways, rounds), matmul_rate(torch.bfloat16)
+    faster = ratios(times)
     return [
         {
             "way": way,
             "rate": images / median,
             "best": images / best,
-            "ratio": next(iter(times.values()))[0] / median,
+            "ratios": faster[way],
             "gflops": work * images / median / 1e9,
             "share": work * images / median / peak,
             "cosine": cosines[way],
@@ -91,31 +89,35 @@ def compare(make, images: int, rounds: int) -> list[dict]:
     ]
 
 
-def table(title: str, rows: list[dict]) -> list[str]:
-    heading = "| way | images/s | best | x transformers float32 | GFLOP/s | of the bf16 matmul rate | cosine, least |"
-    lines = [f"### {title}", "", heading, "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        figures = f"{row['rate']:.2f} | {row['best']:.2f} | {row['ratio']:.2f} | {row['gflops']:.0f}"
-        lines.append(f"| {row['way']} | {figures} | {100 * row['share']:.0f} % | {row['cosine']:.6f} |")
-    return [*lines, ""]
+def rows(found: list[dict]) -> list[str]:
+    heading = ("way", "images/s, median", "best", "x transformers fp32, median", "best", "GFLOP/s",
+               "of the bf16 matmul rate", "cosine, least")  # fmt: skip
+    return table(heading, [
+        (row["way"], f"{row['rate']:.2f}", f"{row['best']:.2f}", *(f"{ratio:.2f}" for ratio in row["ratios"]),
+         f"{row['gflops']:.0f}", f"{row['share']:.0%}", f"{row['cosine']:.6f}")
+        for row in found
+    ])  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="a folder for the table")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser = arguments(__doc__, ROUNDS)
+    parser.add_argument("--images", type=int, nargs=2, default=(4, 16), help="at once, for either tower (4 16)")
     options = parser.parse_args()
-    lines = [machine(), "", f"`--precision auto` takes {'bfloat16' if bfloat16_pays() else 'float32'} here.", ""]
+    lines = [f"{machine()}. {options.rounds} rounds.", ""]
+    lines += [f"`--precision auto` takes {'bfloat16' if bfloat16_pays() else 'float32'} here.", ""]
+    print("\n".join(lines), flush=True)
+    groups = {}
     for title, make, images in (
-        ("ViT-B/16 at 384 (BLIP-base's), random weights, 4 images at once", random_base, 4),
-        ("blip-mini, ViT-Tiny/16 at 288, 16 images at once", bundled, 16),
+        ("BLIP-base's ViT-B/16 at 384, random weights", random_base, options.images[0]),
+        ("blip-mini's ViT-Tiny/16 at 288", bundled, options.images[1]),
     ):
-        lines += table(title, compare(make, images, options.rounds))
-        print("\n".join(lines), flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        text = "# Vision towers: pixels to vectors\n\n" + "\n".join(lines)
-        (options.out / "towers.md").write_text(text, encoding="utf-8")
+        found = compare(make, images, options.rounds)
+        part = [f"### {title}, {images} images at once", "", *rows(found)]
+        print("\n".join(part), flush=True)
+        lines += part
+        groups[title] = {row["way"]: row["rate"] for row in found}
+    publish(options.out, "towers", "Vision towers: pixels to vectors", lines,
+            lambda file: draw_bars(groups, "images/s", file))  # fmt: skip
 
 
 if __name__ == "__main__":

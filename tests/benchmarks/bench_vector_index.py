@@ -1,18 +1,17 @@
 """Vector search as a library grows: photoblip's index beside FAISS's own, at 1,000 to 1,000,000 vectors.
 
-    python -m tests.benchmarks.bench_vector_index --sizes 1000,10000 --out docs/benchmarks
-
-Sizes may be run one at a time: results are kept in `--work`, and the table and the plot show all that are there.
+Sizes may be run one at a time (`--sizes 1000000`): results are kept in `--work`, and the table and the plot show all
+that are there. HNSW is built up to 100,000 vectors (`--hnsw-to`): a million take it minutes.
 
 Queries are blip-mini's vectors of Flickr8k captions: some tune the index, others measure it. Vectors are blip-mini's of
-the shared development photos; beyond their number (15,411) they are expanded: 0.5 to 1 of a photo and the rest of one
-of its 30 nearest, moved by 0.35 times the difference between two photos anywhere. Checked on half the photos expanded
-to all: the cosines of a caption with its 1st, 20th, 100th and 500th photo are those of the real photos within 0.014,
-and 31 % of the lists must be read for a recall of 0.99 of either. Where the data is not, clustered random vectors
-stand in.
+the shared development photos (one in `--every`); beyond their number they are expanded: 0.5 to 1 of a photo and the
+rest of one of its 30 nearest, moved by 0.35 times the difference between two photos anywhere. Checked on half the
+photos expanded to all (15,411): the cosines of a caption with its 1st, 20th, 100th and 500th photo are those of the
+real photos within 0.014, and 31 % of the lists must be read for a recall of 0.99 of either. Where the data is not,
+clustered random vectors stand in.
 """
 
-import argparse
+import itertools
 import json
 import os
 import tarfile
@@ -28,29 +27,30 @@ from PIL import Image
 
 from blipcore import load
 from blipcore.layouts import read_captions
+from indexer.catalog import chunks
 from indexer.vector_index import VectorIndex
-from tests.benchmarks.machine import machine
+from tests.benchmarks.machine import arguments, machine, plotted, publish, table
 from tests.tiny import SHARED_DATA
 
 K, EMBED_AT_ONCE, ADD_AT_ONCE = 100, 64, 20_000
 ARCHIVES = ("flickr8k/train.tar", "flickr8k/dev.tar", "flickr8k/test.tar", "flickr8k/unassigned.tar",
             "ade20k/photos.tar", "caltech101/photos.tar", "web-machine-captions/photos.tar")  # fmt: skip
 TUNING, CAPTIONS = 512, 4000  # captions that tune, and that there are
-FILTERS = {"none": None, "0.1 %": 0.001, "1 %": 0.01, "10 %": 0.1, "50 %": 0.5, "1 %, alike": -0.01}
+FILTERS = {"100 %": None, "0.1 %": 0.001, "1 %": 0.01, "10 %": 0.1, "50 %": 0.5, "1 %, alike": -0.01}
 OURS, FLAT, HALF, HNSW, PLAIN = "photoblip", "IndexFlatIP", "IndexScalarQuantizer fp16", "HNSW32", "IVF, fixed nprobe"
 
 
 # -- vectors ----------------------------------------------------------------------------------------------------
 
 
-def embeddings(work: Path) -> tuple[np.ndarray, np.ndarray, str]:
+def embeddings(work: Path, every: int) -> tuple[np.ndarray, np.ndarray, str]:
     """(photos' unit vectors [n, d], texts' [t, d], what they are), embedded once and kept in `work`."""
-    kept = work / "embeddings.npz"
-    if not kept.exists() and not (SHARED_DATA / "flickr8k" / "captions.tsv").exists():
+    kept = work / f"embeddings-{every}.npz"
+    if not kept.exists() and not (every and (SHARED_DATA / "flickr8k" / "captions.tsv").exists()):
         return *clustered(15_000), "clustered random"
     if not kept.exists():
         encoder = load("blip-mini")
-        photos = np.concatenate([encoder.embed_images(part) for part in opened_photos()])
+        photos = np.concatenate([encoder.embed_images(part) for part in opened_photos(every)])
         captions = [
             text for texts in read_captions(SHARED_DATA / "flickr8k" / "captions.tsv").values() for text in texts
         ]
@@ -58,22 +58,20 @@ def embeddings(work: Path) -> tuple[np.ndarray, np.ndarray, str]:
         texts = np.concatenate([encoder.embed_texts(chosen[at : at + 256]) for at in range(0, CAPTIONS, 256)])
         np.savez(kept, photos=photos.astype(np.float16), texts=texts.astype(np.float16))
     with np.load(kept) as held:
-        return held["photos"].astype(np.float32), held["texts"].astype(np.float32), "blip-mini's"
+        photos = held["photos"].astype(np.float32)
+        return photos, held["texts"].astype(np.float32), f"blip-mini's of {len(photos):,} photos, expanded"
 
 
-def opened_photos() -> Iterator[list[Image.Image]]:
-    """The shared photos, some at a time."""
-    held = []
+def opened_photos(every: int) -> Iterator[list[Image.Image]]:
+    """One in so many of the shared photos, some at a time."""
+    for part in chunks(itertools.islice(shared_photos(), 0, None, every), EMBED_AT_ONCE):
+        yield [Image.open(BytesIO(data)).convert("RGB") for data in part]
+
+
+def shared_photos() -> Iterator[bytes]:
     for name in ARCHIVES:
         with tarfile.open(SHARED_DATA / name) as archive:
-            for member in archive:
-                if member.isfile():
-                    held.append(Image.open(BytesIO(archive.extractfile(member).read())).convert("RGB"))
-                if len(held) == EMBED_AT_ONCE:
-                    yield held
-                    held = []
-    if held:
-        yield held
+            yield from (archive.extractfile(member).read() for member in archive if member.isfile())
 
 
 def clustered(count: int, dim: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -193,8 +191,8 @@ def fixed_nprobe(lists, texts: np.ndarray) -> int:
 def measure(ways: dict[str, Callable], queries: np.ndarray, among, exact: np.ndarray) -> dict[str, dict]:
     """{way: recall, and milliseconds}; a query goes through all ways before the next one.
 
-    `cpu` is the median of the one thread's own time, which other programs on the machine do not lengthen; `p50` and
-    `p99` are of the clock's.
+    `cpu` and `best` are the median and the least of the one thread's own time, which other programs on the machine do
+    not lengthen; `p50` and `p99` are of the clock's.
     """
     times, own, found = ({name: [] for name in ways} for _ in range(3))
     for search in ways.values():
@@ -210,6 +208,7 @@ def measure(ways: dict[str, Callable], queries: np.ndarray, among, exact: np.nda
         name: {
             "recall": float(np.mean(found[name])),
             "cpu": float(np.median(own[name])),
+            "best": float(np.min(own[name])),
             "p50": float(np.median(times[name])),
             "p99": float(np.quantile(times[name], 0.99)),
         }
@@ -262,92 +261,85 @@ def run(vectors: np.ndarray, texts: np.ndarray, count: int, hnsw: bool) -> dict:
 # -- what is shown ----------------------------------------------------------------------------------------------
 
 
-def table(results: dict[str, dict]) -> str:
+def tables(results: dict[str, dict]) -> list[str]:
     """Markdown: a table of plain searches, one of filtered ones, one of changes."""
-    lines = ["## Searching everything", "",
-             "| vectors | index | build s | MB | open ms | first answer ms | ms | p50 | p99 | recall@100 |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    whole, filtered = [], []
+    labels = [label for label in FILTERS if label != "100 %"]
     for size, figures in results.items():
+        flat = figures[FLAT]["100 %"]
         for way, row in figures.items():
-            build, mb, load_ms, first = (row.get(key) for key in ("build", "mb", "load", "first"))
-            cells = [f"{build:.1f}" if build else "", f"{mb:.1f}" if mb else ""]
-            cells += [f"{each:.1f}" if each else "" for each in (load_ms, first)]
-            cells += [f"{row['none'][key]:.2f}" for key in ("cpu", "p50", "p99")] + [f"{row['none']['recall']:.4f}"]
+            found, count = row["100 %"], f"{int(size):,}"
+            costs = [f"{row[key]:.1f}" if key in row else "" for key in ("build", "mb", "load", "first")]
+            times = [f"{found[key]:.2f}" for key in ("cpu", "best", "p50", "p99")]
+            faster = [f"{flat[key] / found[key]:.1f}" for key in ("cpu", "best")]
             name = f"{way}: {row['kind']}" if "kind" in row else way
-            lines.append(f"| {int(size):,} | {name} | " + " | ".join(cells) + " |")
-    labels = [label for label in FILTERS if label != "none"]
-    lines += ["", "## Searching what a filter leaves: ms (recall@100)", "",
-              "| vectors | index | " + " | ".join(labels) + " |", "|---|---|" + "---|" * len(labels)]  # fmt: skip
-    for size, figures in results.items():
-        for way, row in figures.items():
-            cells = [f"{row[label]['cpu']:.2f} ({row[label]['recall']:.3f})" for label in labels]
-            lines.append(f"| {int(size):,} | {way} | " + " | ".join(cells) + " |")
-    lines += ["", "## Changing it", "", "| vectors | add 1,000, ms | remove 1,000, ms |", "|---|---|---|"]
-    lines += [f"| {int(size):,} | {f[OURS]['add']:.1f} | {f[OURS]['remove']:.1f} |" for size, f in results.items()]
-    return "\n".join(lines) + "\n"
+            whole.append((count, name, *costs, *times, *faster, f"{found['recall']:.4f}"))
+            filtered.append(
+                (count, way, *(f"{row[label]['cpu']:.2f} ({row[label]['recall']:.3f})" for label in labels))
+            )
+    heading = ("vectors", "index", "build s", "MB", "open ms", "first answer ms", "ms, median", "best", "p50", "p99",
+               "x flat, median", "best", f"recall@{K}")  # fmt: skip
+    return [
+        "## Searching everything", "", *table(heading, whole),
+        f"## Searching what a filter leaves: ms (recall@{K})", "", *table(("vectors", "index", *labels), filtered),
+        "## Changing it", "", *table(("vectors", "add 1,000, ms", "remove 1,000, ms"), [
+            (f"{int(size):,}", f"{each[OURS]['add']:.1f}", f"{each[OURS]['remove']:.1f}")
+            for size, each in results.items()
+        ]),
+    ]  # fmt: skip
 
 
 def draw(results: dict[str, dict], file: Path) -> None:
     """How the time of a search grows with the library, on logarithmic axes."""
-    import matplotlib.pyplot as plt
-
-    figure, (whole, filtered) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    for axes, label, title in ((whole, "none", "all photos"), (filtered, "1 %", "a filter that leaves 1 %")):
-        for way in (OURS, FLAT, HALF, HNSW):
-            points = [(int(size), row[way][label]) for size, row in results.items() if way in row]
-            sizes, times = [size for size, _ in points], [row["cpu"] for _, row in points]
-            recall = min((row["recall"] for _, row in points), default=0)
-            axes.loglog(sizes, times, marker="o", lw=2.5 if way == OURS else 1, label=f"{way} (recall >= {recall:.2f})")
-        axes.set(title=title, xlabel="vectors")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    whole.set_ylabel("ms of one core a query")
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    shown = {"100 %": "all photos", "10 %": "a filter that leaves 10 %", "0.1 %": "a filter that leaves 0.1 %"}
+    with plotted(file, len(shown), sharey=True) as columns:
+        for axes, (label, title) in zip(columns, shown.items(), strict=True):
+            for way in (OURS, FLAT, HALF, HNSW):
+                points = [(int(size), row[way][label]) for size, row in results.items() if way in row]
+                sizes, times = [size for size, _ in points], [row["cpu"] for _, row in points]
+                recall = min((row["recall"] for _, row in points), default=0)
+                name = f"{way} (recall >= {recall:.2f})"
+                axes.loglog(sizes, times, marker="o", lw=2.5 if way == OURS else 1, label=name)
+            axes.set(title=title, xlabel="vectors")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+        columns[0].set_ylabel("ms of one core a query")
 
 
-def report(results: dict[str, dict], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    conditions = "\n".join(f"- {int(size):,} vectors: {each['conditions']}" for size, each in results.items())
-    figures = {size: each["figures"] for size, each in results.items()}
-    text = (
-        "# Vector search\n\n"
-        "Made by `python -m tests.benchmarks.bench_vector_index`, which says how the vectors were made. One query at\n"
-        "a time, one thread, the 100 nearest; each query went through all indexes before the next one. Recall is of\n"
-        "what brute force finds, on captions that the index was not tuned on. A filter keeps photos at random, or\n"
-        "(alike) those most like one of them, as an album does. Times are of one core's own work (of searches the\n"
-        "median); p50 and p99 are milliseconds of the clock, which other programs on the machine lengthened.\n\n"
-        f"{conditions}\n\n![How search grows with the library](vector-search.png)\n\n{table(figures)}"
-    )
-    (out / "vector-search.md").write_text(text)
-    draw(figures, out / "vector-search.png")
+ABOUT = """One query at a time, one thread, the 100 nearest; each query went through all indexes before the next one.
+Recall is of what brute force finds, on captions that the index was not tuned on. A filter keeps photos at random, or
+(alike) those most like one of them, as an album does. Times are of one core's own work (of searches the median and the
+least of all queries); p50 and p99 are milliseconds of the clock, which other programs on the machine lengthen.
+"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Vector search at several sizes, beside FAISS's own indexes.")
-    parser.add_argument("--sizes", default="1000,10000,100000", help="numbers of vectors, with commas between")
-    parser.add_argument("--queries", type=int, default=200, help="how many captions measure")
-    parser.add_argument("--no-hnsw", action="store_true", help="leave HNSW out: a million vectors take it minutes")
-    parser.add_argument("--work", type=Path, default=Path("runs/vector-search"), help="keeps embeddings and results")
-    parser.add_argument("--out", type=Path, help="a folder for the table and the plot")
-    arguments = parser.parse_args()
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    photos, texts, kind = embeddings(arguments.work)
-    sizes = [int(size) for size in arguments.sizes.split(",")]
+    parser = arguments(__doc__)
+    parser.add_argument("--sizes", default="1000,10000,100000,1000000", help="numbers of vectors, with commas between")
+    parser.add_argument("--queries", type=int, default=100, help="how many captions measure (100)")
+    parser.add_argument("--every", type=int, default=2, help="one in so many photos is embedded (2); 0: none is")
+    parser.add_argument("--hnsw-to", type=int, default=100_000, help="the largest size at which HNSW is built")
+    parser.add_argument("--work", type=Path, default=Path("runs/vector-index"), help="keeps embeddings and results")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    photos, texts, kind = embeddings(options.work, options.every)
+    sizes = [int(size) for size in options.sizes.split(",")]
     vectors = expanded(photos, max(sizes))
-    file = arguments.work / "results.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
+    file = options.work / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for size in sizes:
         busy = f"load average {os.getloadavg()[0]:.1f} before it"
-        conditions = f"{kind} vectors, {arguments.queries} queries, {machine()}, FAISS {faiss.__version__}, {busy}"
-        print(f"{size} vectors: {conditions}", flush=True)
-        figures = run(vectors[:size], texts, arguments.queries, not arguments.no_hnsw)
+        conditions = f"vectors {kind}; {options.queries} queries, {machine()}, FAISS {faiss.__version__}, {busy}"
+        print(f"{size:,} vectors: {conditions}", flush=True)
+        figures = run(vectors[:size], texts, options.queries, size <= options.hnsw_to)
         results[str(size)] = {"conditions": conditions, "figures": figures}
         results = dict(sorted(results.items(), key=lambda item: int(item[0])))
-        file.write_text(json.dumps(results, indent=1))
-    if arguments.out:
-        report(results, arguments.out)
-    print(table({size: each["figures"] for size, each in results.items()}))
+        file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    shown = {size: each["figures"] for size, each in results.items()}
+    lines = [f"- {int(size):,} vectors: {each['conditions']}" for size, each in results.items()]
+    lines = [ABOUT, *lines, "", *tables(shown)]
+    print("\n".join(lines))
+    publish(options.out, "vector-index", "Vector search", lines, lambda file: draw(shown, file))
 
 
 if __name__ == "__main__":
