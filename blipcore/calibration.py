@@ -1,43 +1,55 @@
 """One score and one probability from ITM and ITC, chosen and fitted on a development split.
 
 BLIP ranks by ITM logit + ITC cosine. How much the cosine should weigh depends on the model, so the weight is
-recorded with it; a logistic curve (Platt 1999) turns the fused score into a probability of a match.
+recorded with it; a logistic curve (Platt 1999) turns the fused score into a probability of a match. A model that
+learnt from captions scores a word lower than a sentence that is as true, so the curve knows how many words it read.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+TYPICAL_WORDS = 10  # of a caption; more say nothing about the scale of scores
+
 
 @dataclass(frozen=True)
 class Scoring:
-    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias).
+    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias) of a text of ten words.
 
     The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the
-    curve was fitted. `text_weight` is what all of a query's words beside a photo are worth, on the scale of log odds.
+    curve was fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's
+    words beside a photo are worth, on the scale of log odds.
     """
 
     itc_weight: float = 1.0
     scale: float = 1.0
     bias: float = 0.0
     calibrated: bool = False
+    length_weight: float = 0.0
     text_weight: float = 10.0
 
     def fused(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
         """ITM margins and ITC cosines of the same shape -> ranking scores."""
         return margin + self.itc_weight * itc
 
-    def probability(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
-        """-> match probabilities in [0, 1], in the same order as the fused scores."""
-        return sigmoid(self.log_odds(margin, itc))
+    def probability(self, margin: np.ndarray, itc: np.ndarray, short: np.ndarray = 0.0) -> np.ndarray:
+        """-> match probabilities in [0, 1], of one text in the same order as the fused scores; `short`: `log_odds`."""
+        return sigmoid(self.log_odds(margin, itc, short))
 
-    def log_odds(self, margin: np.ndarray, itc: np.ndarray, strength: np.ndarray = 0.0) -> np.ndarray:
-        """-> the log odds of a match; `strength` is how much of the words stands beside the photo, 0 to about 1.
+    def log_odds(
+        self, margin: np.ndarray, itc: np.ndarray, short: np.ndarray = 0.0, strength: np.ndarray = 0.0
+    ) -> np.ndarray:
+        """-> the log odds of a match.
 
-        Half of the words beside a photo say nothing of the rest, so they leave its probability as it is.
+        Args:
+            short: `shortness` of the text.
+            strength: how much of the words stands beside the photo, 0 to about 1. Half of them beside a photo say
+                nothing of the rest, so they leave its probability as it is.
         """
         score = self.fused(margin, itc) if self.calibrated else margin
-        return self.scale * score + self.bias + self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
+        beside = self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
+        return self.scale * score + self.bias + self.length_weight * np.asarray(short) + beside
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -48,16 +60,22 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -np.asarray(x, np.float64)))
 
 
-def fit_platt(score: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float, float]:
-    """Logistic regression of truth (0/1) on one score, by Newton's method. -> (scale, bias)."""
-    x = np.stack([score, np.ones_like(score)], 1).astype(np.float64)
-    weights = np.zeros(2)
+def shortness(texts: Sequence[str]) -> np.ndarray:
+    """float64 [T]: how much shorter than a caption each text is, log(words / 10); 0 from ten words on."""
+    counts = np.array([len(text.split()) for text in texts], np.float64)
+    return np.log(np.clip(counts, 1, TYPICAL_WORDS) / TYPICAL_WORDS)
+
+
+def fit_platt(features: np.ndarray, truth: np.ndarray, steps: int = 50) -> np.ndarray:
+    """Logistic regression of truth (0/1) [n] on features [n, d], by Newton's method. -> weights and bias [d + 1]."""
+    x = np.column_stack([features, np.ones(len(features))]).astype(np.float64)
+    weights = np.zeros(x.shape[1])
     for _ in range(steps):
         p = sigmoid(x @ weights)
         gradient = x.T @ (truth - p) - 1e-6 * weights
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(len(weights))
         weights += np.linalg.solve(curvature, gradient)
-    return float(weights[0]), float(weights[1])
+    return weights
 
 
 def choose_itc_weight(margin: np.ndarray, itc: np.ndarray, own: np.ndarray, grid: np.ndarray) -> float:

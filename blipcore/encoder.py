@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blipcore.calibration import Scoring
+from blipcore.calibration import Scoring, shortness
 from blipcore.checkpoint import LoadedModel, fingerprint, in_float32, is_head, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
@@ -213,7 +213,7 @@ class BlipEncoder:
         vectors = self.embed_tokens(tokens)
         vectors = vectors.reshape(len(vectors), -1, vectors.shape[-1])  # BLIP-2's nearest vector counts
         itc = np.einsum("pqe,pe->pq", vectors[owner], self.embed_texts(texts)).max(1)
-        scores = iter(self.scoring.probability(margins, itc).tolist())
+        scores = iter(self.scoring.probability(margins, itc, shortness(texts)).tolist())
         return [pick(group, [next(scores) for _ in group]) for group in found]
 
     def ask(

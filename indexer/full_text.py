@@ -170,12 +170,13 @@ def without_captions(catalog: Catalog, caption_ids: Collection[int]) -> FullText
     held_out, copy = frozenset(caption_ids), _Copy()
     with copy.reading() as connection:
         connection.execute(text(f"CREATE VIRTUAL TABLE {TABLE} USING fts5({FIELDS}, tokenize = '{TOKENIZER}')"))
-        for part in chunks(catalog.stream(select(*columns).select_from(table(TABLE))), ROWS):
+        source, made = table(TABLE), table(TABLE, *columns)
+        for part in chunks(catalog.stream(select(*columns).select_from(source)), ROWS):
             rows = [dict(row._mapping) for row in part]
             left = _captions(catalog, [row["rowid"] for row in rows], held_out)
             for row in rows:
                 row["captions"] = "\n".join(left.get(row["rowid"], ())) or None
-            connection.execute(insert(table(TABLE, *columns)), rows)
+            connection.execute(insert(made), rows)
         connection.commit()
     return FullText(copy)
 

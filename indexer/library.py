@@ -321,7 +321,7 @@ class PhotoLibrary:
             text: what the search box takes (see indexer.query): words, `no people`, `2:dogs + snow`, `"exact words"`,
                 `photo:12`, filters.
             image: an example: a path, bytes, a PIL image, or the id of one of the library's photos; or several.
-            without: phrases; photos that the matching model finds to show one are dropped.
+            without: phrases that speak against a photo; one that shows one, or has it beside it, is dropped.
             where: a filter, as text or {field: value}; see indexer.filters.
             rerank: how many candidates the matching model reads; 0 for none.
             budget_ms: time for re-ranking; what it does not reach keeps its first-stage order.

@@ -79,7 +79,9 @@ def match(encoder, looked: Looked, texts: Sequence[Sequence[str]]) -> list[np.nd
         return [np.zeros(0) for _ in texts]
     place = {text: at for at, text in enumerate(distinct)}
     pairs = np.array([(row, place[text]) for row, own in enumerate(texts) for text in own])
+    from blipcore.calibration import shortness
+
     margins = encoder.match_tokens(looked.tokens, distinct, pairs)
     cosines = looked.cosines(embed_texts(encoder, distinct))[pairs[:, 0], pairs[:, 1]]
-    probabilities = encoder.scoring.probability(margins, cosines)
+    probabilities = encoder.scoring.probability(margins, cosines, shortness(distinct)[pairs[:, 1]])
     return np.split(probabilities, np.cumsum([len(own) for own in texts])[:-1])

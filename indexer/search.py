@@ -257,7 +257,7 @@ class Searcher:
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
         read = [int(i) for i in order if int(i) in margins]
-        told = self._told(read, [margins[i] for i in read], itc[read])
+        told = self._told([lines[i] for i in read], read, [margins[i] for i in read], itc[read])
         rows = [_Row(int(i), float(itc[i]), **told.get(int(i), {})) for i in order]
         results = [
             TextResult(rank, lines[row.photo_id], row.itc, row.itm, row.probability, texts[lines[row.photo_id]])
@@ -408,7 +408,8 @@ class Searcher:
             itc = found.cosines[read] if found.cosines is not None else np.zeros(len(read))
             named = [ids[row] for row in read]
             spoken_against = np.array([against[i] for i in named]) if against else None
-            told = self._told(named, [margins[i] for i in named], itc, found.strengths[read], spoken_against)
+            asked = [query.text] * len(read)
+            told = self._told(asked, named, [margins[i] for i in named], itc, found.strengths[read], spoken_against)
         rows = [
             _Row(photo_id, cosine, itc_rank or None, text_rank or None, **told.get(photo_id, {}))
             for photo_id, cosine, itc_rank, text_rank in zip(
@@ -419,17 +420,18 @@ class Searcher:
         sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
         return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
 
-    def _told(self, ids, margins, cosines, strengths=0.0, against=None) -> dict[int, dict]:
+    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.
 
         Args:
-            margins, cosines, strengths: [n]. against: log odds [n, number of phrases], of what must not be there.
+            texts: [n], what each was read with. margins, cosines, strengths: [n].
+            against: log odds [n, number of phrases], of what must not be there.
         """
-        from blipcore.calibration import sigmoid
+        from blipcore.calibration import shortness, sigmoid
 
         scoring, margins = self.encoder.scoring, np.asarray(margins, np.float64)
         score = scoring.scale * scoring.fused(margins, cosines) + scoring.text_weight * strengths
-        probability = sigmoid(scoring.log_odds(margins, cosines, strengths))
+        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths))
         if against is not None:
             score = score - AGAINST * against.sum(1)
             probability = probability * [none_shown(each) for each in against]

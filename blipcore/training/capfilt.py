@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from blipcore.calibration import sigmoid
+from blipcore.calibration import shortness, sigmoid
 from blipcore.captioned import PhotoIndex, Sample
 from blipcore.checkpoint import LoadedModel, load_folder
 from blipcore.encoder import BlipEncoder, ModelError
@@ -160,7 +160,7 @@ class CaptionFilter:
             return sigmoid(margins).tolist()
         cosines = text_image_cosines(self.encoder.embed_texts(texts), self.encoder.embed_tokens(tokens))
         cosines = cosines[np.arange(len(texts)), owners]
-        return self.encoder.scoring.probability(margins, cosines).tolist()
+        return self.encoder.scoring.probability(margins, cosines, shortness(texts)).tolist()
 
     @torch.inference_mode()
     def _caption_tokens(self, pixels: dict[int, np.ndarray]) -> Tensor:

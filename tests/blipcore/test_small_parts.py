@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, sigmoid
+from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, shortness, sigmoid
 from blipcore.checkpoint import load_folder, save
 from blipcore.encoder import BlipEncoder, choose_precision
 from blipcore.generate import caption_candidates, prompt_ids, tidy
@@ -85,7 +85,17 @@ def test_a_perfectly_calibrated_score_has_no_error():
 def test_platt_finds_the_curve_that_made_the_data():
     rng = np.random.default_rng(0)
     score = rng.normal(0, 2, 20000)
-    scale, bias = fit_platt(score, (rng.random(20000) < sigmoid(1.5 * score - 0.7)).astype(float))
+    short = shortness(["dog", "a brown dog runs fast", "one two three four five six seven eight nine ten eleven"])
+    assert short == pytest.approx([np.log(0.1), np.log(0.5), 0])
+    short = rng.choice(short, len(score))
+    features = np.stack([score, short], 1)
+    truth = (rng.random(20000) < sigmoid(1.5 * score - 0.7 - 0.4 * short)).astype(float)
+    scale, length, bias = fit_platt(features, truth)
+    assert [scale, length, bias] == pytest.approx([1.5, -0.4, -0.7], abs=0.1)
+    scoring = Scoring(itc_weight=0.0, scale=scale, bias=bias, length_weight=length, calibrated=True)
+    assert scoring.log_odds(score, 0.0, short) == pytest.approx(features @ [scale, length] + bias)
+    assert scoring.probability(1.0, 0.0, np.log(0.1)) > scoring.probability(1.0, 0.0)
+    scale, bias = fit_platt(score[:, None], (rng.random(20000) < sigmoid(1.5 * score - 0.7)).astype(float))
     assert scale == pytest.approx(1.5, abs=0.1) and bias == pytest.approx(-0.7, abs=0.1)
 
 

@@ -11,7 +11,7 @@ from blipcore.captioned import CaptionedPhotos, load_captioned, open_captioned
 from blipcore.checkpoint import save
 from blipcore.encoder import load_encoder
 from blipcore.errors import ModelError
-from blipcore.evaluation import retrieval
+from blipcore.evaluation import Pool, retrieval
 from blipcore.layouts import write_shard
 from blipcore.models import presets
 from blipcore.models.weights import renamed
@@ -165,7 +165,7 @@ def test_dropout_keeps_the_mean_and_rests_in_evaluation():
 
 def test_a_run_becomes_a_model_folder(captioned, tmp_path, tiny_preset, monkeypatch):
     blip_mini.train(settings(captioned, tmp_path / "run"))
-    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (2.0, 0.5))  # two steps separate nothing
+    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (2.0, -0.1, 0.5))  # two steps separate nothing
     package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
     encoder = load_encoder(str(tmp_path / "model"), device="cpu")
     assert encoder.scoring.calibrated and encoder.scoring.scale == 2.0
@@ -175,9 +175,22 @@ def test_a_run_becomes_a_model_folder(captioned, tmp_path, tiny_preset, monkeypa
     assert 0 <= itc["t2i"]["r1"] <= itc["t2i"]["r5"] <= itc["t2i"]["r10"] <= 100
 
 
+def test_the_probability_is_fitted_on_what_people_type_too():
+    captions = [["A brown dog is on the grass.", "the dogs run"], ["two dogs play"], ["a cat looks at the camera"]] * 4
+    texts = [text for own in captions for text in own]
+    owners = np.array([photo for photo, own in enumerate(captions) for _ in own])
+    pool = Pool(torch.zeros(12, 1, 1), texts, owners, np.zeros((len(texts), 12)))
+    package = package_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "COMMON", 0.7)
+        found = {name: said.nonzero()[0].tolist() for name, said in package.spoken_of(pool).items()}
+    assert found["dog"] == [0, 1, 3, 4, 6, 7, 9, 10] and found["brown dog"] == [0, 3, 6, 9]
+    assert "camera" not in found
+
+
 def test_packaging_refuses_a_matcher_that_tells_nothing(captioned, tmp_path, tiny_preset, monkeypatch):
     blip_mini.train(settings(captioned, tmp_path / "run"))
-    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (-1.0, 0.0))
+    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (-1.0, 0.0, 0.0))
     with pytest.raises(ValueError, match="train longer"):
         package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
 

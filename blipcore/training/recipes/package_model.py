@@ -6,22 +6,30 @@ and writes weights, config, tokenizer and scoring. Nothing here looks at test.
 
 import argparse
 import json
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, sigmoid
+from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, shortness, sigmoid
 from blipcore.captioned import load_captioned
 from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
 from blipcore.evaluation import Pool, candidate_margins, embed_pool
 from blipcore.evaluation.report import reliability_diagram
-from blipcore.metrics import expected_calibration_error
+from blipcore.metrics import expected_calibration_error, text_image_cosines
 from blipcore.models.presets import PRESETS
+from blipcore.training.prototypes import without_camera
 from blipcore.transforms import TextTokenizer
 
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])
 HARD = 32  # the calibration's pairs are among so many that ITC likes best
+FEWEST, COMMON, PER_NAME = (
+    4,
+    0.2,
+    6,
+)  # photos a name is said of, the share of them above which it says little; pairs of each
 
 
 def fit_scoring(
@@ -30,8 +38,9 @@ def fit_scoring(
     """Fusion weight and match probability from a development split. -> (scoring, figures).
 
     The weight is the best for re-ranking the `k` best photos of `queries` captions. The probability is fitted on
-    balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best. The pairs of
-    half of the photos fit it, those of the other half measure it.
+    balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best; and words out of
+    captions, with a photo that they are said of and with another. The captions' pairs of half of the photos and half
+    of the words fit it, the others measure it.
 
     Args:
         diagram: where to draw how often the measured pairs of each probability are true, as a PNG.
@@ -39,19 +48,30 @@ def fit_scoring(
     rng = np.random.default_rng(seed)
     weight, figures = _choose_weight(encoder, pool, rng.permutation(len(pool.texts))[:queries], k)
     texts, score, truth = _balanced_pairs(encoder, pool, weight, rng)
-    measured = rng.permutation(pool.cosines.shape[1])[pool.owners[texts]] % 2 == 1
-    scale, bias = fit_platt(score[:, ~measured].ravel(), truth[:, ~measured].ravel())
+    caption_held = rng.permutation(pool.cosines.shape[1])[pool.owners[texts]] % 2 == 1
+    short = shortness([pool.texts[text] for text in texts])
+    captions = _Pairs(score.ravel(), np.tile(short, 2), truth.ravel(), np.tile(caption_held, 2))
+    words = _word_pairs(encoder, pool, weight, rng)
+    fitted = captions.part(False).joined(words.part(False))
+    scale, length_weight, bias = fit_platt(np.stack([fitted.score, fitted.short], 1), fitted.truth)
     if scale <= 0:
         raise ValueError("ITM does not tell matches from mismatches on dev: train longer before packaging")
-    probability, held = sigmoid(scale * score[:, measured].ravel() + bias), truth[:, measured].ravel()
-    figures |= {
-        "pairs": len(held),
-        "ece": round(expected_calibration_error(probability, held), 4),
-        "pair_accuracy": round(100 * float(((probability > 0.5) == held).mean()), 2),
-    }
+
+    def measured(pairs: _Pairs) -> tuple[dict, np.ndarray, np.ndarray]:
+        held = pairs.part(True)
+        probability = sigmoid(scale * held.score + length_weight * held.short + bias)
+        right = (probability > 0.5) == held.truth
+        named = {"pairs": len(right), "ece": round(expected_calibration_error(probability, held.truth), 4)}
+        return named | {"pair_accuracy": round(100 * float(right.mean()), 2)}, probability, held.truth
+
+    found, probability, held = measured(captions)
+    figures |= found
+    if words.part(True).truth.size:
+        figures["words"] = measured(words)[0]
     if diagram:
         reliability_diagram(probability, held, diagram)
-    return Scoring(itc_weight=weight, scale=scale, bias=bias, calibrated=True), figures
+    scoring = Scoring(weight, float(scale), float(bias), calibrated=True, length_weight=float(length_weight))
+    return scoring, figures
 
 
 def _choose_weight(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[float, dict]:
@@ -84,6 +104,64 @@ def _balanced_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> tup
     truth = np.zeros(photos.shape)
     truth[0] = 1
     return texts, margins + weight * pool.cosines[texts, photos], truth
+
+
+class _Pairs(NamedTuple):
+    """Pairs of a text and a photo, [n] each: fused score, the text's shortness, 1 where they match, held out or not."""
+
+    score: np.ndarray
+    short: np.ndarray
+    truth: np.ndarray
+    held: np.ndarray
+
+    def part(self, held: bool) -> "_Pairs":
+        return _Pairs(*(column[self.held == held] for column in self))
+
+    def joined(self, other: "_Pairs") -> "_Pairs":
+        return _Pairs(*map(np.concatenate, zip(self, other, strict=True)))
+
+
+# "a brown dog" before what follows a noun: what people type into a search box
+NAMED = re.compile(
+    r"\b(?:an?|the|two|three|some) ((?:[a-z]+ )?[a-z]{3,})(?= (?:is|are|in|on|at|with|and|by|of|near)\b| ?[.,]|$)"
+)
+
+
+def spoken_of(pool: Pool) -> dict[str, np.ndarray]:
+    """Names of one or two words in the captions -> bool [I], the photos in whose captions they stand."""
+    photos, found = pool.cosines.shape[1], {}
+    for text, owner in zip(pool.texts, pool.owners, strict=True):
+        for name in NAMED.findall(without_camera(text).lower()):
+            for each in {name, name.split()[-1]}:
+                found.setdefault(each, np.zeros(photos, bool))[owner] = True
+    for text, owner in zip(pool.texts, pool.owners, strict=True):  # "dogs" and "the black dog" speak of a dog too
+        for word in set(re.findall(r"[a-z]+", text.lower())):
+            for each in {word, word.removesuffix("s")} & found.keys():
+                found[each][owner] = True
+    return {name: said for name, said in found.items() if FEWEST <= said.sum() <= COMMON * photos}
+
+
+def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
+    """As many photos that a name is said of as others, of the `HARD` that ITC likes best for it."""
+    names = spoken_of(pool)
+    texts = list(names)
+    if not texts:
+        return _Pairs(*np.zeros((3, 0)), np.zeros(0, bool))
+    cosines = text_image_cosines(encoder.embed_texts(texts), encoder.embed_tokens(pool.tokens))
+    pairs, truth = [], []
+    for row, name in enumerate(texts):
+        best = np.argsort(-cosines[row])[:HARD]
+        own, other = best[names[name][best]], best[~names[name][best]]
+        count = min(len(own), len(other), PER_NAME)
+        for label, photos in ((1.0, own), (0.0, other)):
+            drawn = rng.choice(photos, count, replace=False)
+            pairs += [(photo, row) for photo in drawn]
+            truth += [label] * count
+    pairs = np.array(pairs, int).reshape(-1, 2)
+    margins = encoder.match_tokens(pool.tokens, texts, pairs)
+    score = margins + weight * cosines[pairs[:, 1], pairs[:, 0]]
+    held = rng.random(len(texts)) < 0.5
+    return _Pairs(score, shortness(texts)[pairs[:, 1]], np.array(truth), held[pairs[:, 1]])
 
 
 def package(run: Path, data: Path, out: Path, *, k: int = 128, queries: int = 2500, limit: int | None = None) -> dict:
