@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-TYPICAL_WORDS = 10  # of a caption; more say nothing about the scale of scores
+TYPICAL_WORDS = 6  # a sentence; more words say nothing about the scale of scores
+LENGTH_WEIGHTS = np.round(np.arange(-5, 5.05, 0.1), 1)
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias) of a text of ten words.
+    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias) of a sentence.
 
     The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the
     curve was fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's
@@ -61,21 +62,35 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def shortness(texts: Sequence[str]) -> np.ndarray:
-    """float64 [T]: how much shorter than a caption each text is, log(words / 10); 0 from ten words on."""
+    """float64 [T]: how much shorter than a sentence each text is, log(words / 6); 0 from six words on."""
     counts = np.array([len(text.split()) for text in texts], np.float64)
     return np.log(np.clip(counts, 1, TYPICAL_WORDS) / TYPICAL_WORDS)
 
 
-def fit_platt(features: np.ndarray, truth: np.ndarray, steps: int = 50) -> np.ndarray:
-    """Logistic regression of truth (0/1) [n] on features [n, d], by Newton's method. -> weights and bias [d + 1]."""
-    x = np.column_stack([features, np.ones(len(features))]).astype(np.float64)
-    weights = np.zeros(x.shape[1])
+def fit_platt(score: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[float, float]:
+    """Logistic regression of truth (0/1) on one score, by Newton's method. -> (scale, bias)."""
+    x = np.stack([score, np.ones_like(score)], 1).astype(np.float64)
+    weights = np.zeros(2)
     for _ in range(steps):
         p = sigmoid(x @ weights)
         gradient = x.T @ (truth - p) - 1e-6 * weights
-        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(len(weights))
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
         weights += np.linalg.solve(curvature, gradient)
-    return weights
+    return float(weights[0]), float(weights[1])
+
+
+def fit_length_weight(log_odds: np.ndarray, short: np.ndarray, truth: np.ndarray) -> float:
+    """What makes the log odds of short texts likeliest to be right, with a sentence's curve as it is.
+
+    Args:
+        log_odds, short, truth: [n], by the curve of sentences, `shortness`, 1 where text and photo match.
+    """
+
+    def loss(weight: float) -> float:
+        odds = log_odds + weight * short
+        return float(np.mean(np.logaddexp(0.0, odds) - truth * odds))
+
+    return float(min(LENGTH_WEIGHTS, key=loss))
 
 
 def choose_itc_weight(margin: np.ndarray, itc: np.ndarray, own: np.ndarray, grid: np.ndarray) -> float:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, shortness, sigmoid
+from blipcore.calibration import Scoring, choose_itc_weight, fit_length_weight, fit_platt, shortness, sigmoid
 from blipcore.checkpoint import load_folder, save
 from blipcore.encoder import BlipEncoder, choose_precision
 from blipcore.generate import caption_candidates, prompt_ids, tidy
@@ -85,18 +85,21 @@ def test_a_perfectly_calibrated_score_has_no_error():
 def test_platt_finds_the_curve_that_made_the_data():
     rng = np.random.default_rng(0)
     score = rng.normal(0, 2, 20000)
-    short = shortness(["dog", "a brown dog runs fast", "one two three four five six seven eight nine ten eleven"])
-    assert short == pytest.approx([np.log(0.1), np.log(0.5), 0])
-    short = rng.choice(short, len(score))
-    features = np.stack([score, short], 1)
-    truth = (rng.random(20000) < sigmoid(1.5 * score - 0.7 - 0.4 * short)).astype(float)
-    scale, length, bias = fit_platt(features, truth)
-    assert [scale, length, bias] == pytest.approx([1.5, -0.4, -0.7], abs=0.1)
-    scoring = Scoring(itc_weight=0.0, scale=scale, bias=bias, length_weight=length, calibrated=True)
-    assert scoring.log_odds(score, 0.0, short) == pytest.approx(features @ [scale, length] + bias)
-    assert scoring.probability(1.0, 0.0, np.log(0.1)) > scoring.probability(1.0, 0.0)
-    scale, bias = fit_platt(score[:, None], (rng.random(20000) < sigmoid(1.5 * score - 0.7)).astype(float))
+    scale, bias = fit_platt(score, (rng.random(20000) < sigmoid(1.5 * score - 0.7)).astype(float))
     assert scale == pytest.approx(1.5, abs=0.1) and bias == pytest.approx(-0.7, abs=0.1)
+
+
+def test_short_texts_get_what_makes_them_right():
+    short = shortness(["dog", "a brown dog", "one two three four five six seven"])
+    assert short == pytest.approx([np.log(1 / 6), np.log(0.5), 0])
+    rng = np.random.default_rng(0)
+    odds, short = rng.normal(0, 2, 20000), rng.choice(short, 20000)
+    truth = (rng.random(20000) < sigmoid(odds - 0.8 * short)).astype(float)
+    weight = fit_length_weight(odds, short, truth)
+    assert weight == pytest.approx(-0.8, abs=0.11)
+    scoring = Scoring(itc_weight=0.0, length_weight=weight, calibrated=True)
+    assert scoring.log_odds(odds, 0.0, short) == pytest.approx(odds + weight * short)
+    assert scoring.probability(1.0, 0.0, np.log(1 / 6)) > scoring.probability(1.0, 0.0)
 
 
 def test_the_chosen_weight_is_the_one_that_ranks_best():

@@ -165,7 +165,7 @@ def test_dropout_keeps_the_mean_and_rests_in_evaluation():
 
 def test_a_run_becomes_a_model_folder(captioned, tmp_path, tiny_preset, monkeypatch):
     blip_mini.train(settings(captioned, tmp_path / "run"))
-    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (2.0, -0.1, 0.5))  # two steps separate nothing
+    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (2.0, 0.5))  # two steps separate nothing
     package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
     encoder = load_encoder(str(tmp_path / "model"), device="cpu")
     assert encoder.scoring.calibrated and encoder.scoring.scale == 2.0
@@ -190,7 +190,7 @@ def test_the_probability_is_fitted_on_what_people_type_too():
 
 def test_packaging_refuses_a_matcher_that_tells_nothing(captioned, tmp_path, tiny_preset, monkeypatch):
     blip_mini.train(settings(captioned, tmp_path / "run"))
-    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (-1.0, 0.0, 0.0))
+    monkeypatch.setattr(package_model, "fit_platt", lambda *_: (-1.0, 0.0))
     with pytest.raises(ValueError, match="train longer"):
         package_model.package(tmp_path / "run", captioned, tmp_path / "model", k=4, queries=8)
 

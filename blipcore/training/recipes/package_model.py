@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_platt, shortness, sigmoid
+from blipcore.calibration import Scoring, choose_itc_weight, fit_length_weight, fit_platt, shortness, sigmoid
 from blipcore.captioned import load_captioned
 from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
@@ -38,9 +38,9 @@ def fit_scoring(
     """Fusion weight and match probability from a development split. -> (scoring, figures).
 
     The weight is the best for re-ranking the `k` best photos of `queries` captions. The probability is fitted on
-    balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best; and words out of
-    captions, with a photo that they are said of and with another. The captions' pairs of half of the photos and half
-    of the words fit it, the others measure it.
+    balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best. The pairs of
+    half of the photos fit it, those of the other half measure it. What a short text gets follows from words out of the
+    captions, with photos that they are said of and with others.
 
     Args:
         diagram: where to draw how often the measured pairs of each probability are true, as a PNG.
@@ -52,10 +52,11 @@ def fit_scoring(
     short = shortness([pool.texts[text] for text in texts])
     captions = _Pairs(score.ravel(), np.tile(short, 2), truth.ravel(), np.tile(caption_held, 2))
     words = _word_pairs(encoder, pool, weight, rng)
-    fitted = captions.part(False).joined(words.part(False))
-    scale, length_weight, bias = fit_platt(np.stack([fitted.score, fitted.short], 1), fitted.truth)
+    fitted, named = captions.part(False), words.part(False)
+    scale, bias = fit_platt(fitted.score, fitted.truth)
     if scale <= 0:
         raise ValueError("ITM does not tell matches from mismatches on dev: train longer before packaging")
+    length_weight = fit_length_weight(scale * named.score + bias, named.short, named.truth) if len(named.truth) else 0.0
 
     def measured(pairs: _Pairs) -> tuple[dict, np.ndarray, np.ndarray]:
         held = pairs.part(True)
@@ -70,8 +71,7 @@ def fit_scoring(
         figures["words"] = measured(words)[0]
     if diagram:
         reliability_diagram(probability, held, diagram)
-    scoring = Scoring(weight, float(scale), float(bias), calibrated=True, length_weight=float(length_weight))
-    return scoring, figures
+    return Scoring(weight, scale, bias, calibrated=True, length_weight=length_weight), figures
 
 
 def _choose_weight(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[float, dict]:
@@ -117,9 +117,6 @@ class _Pairs(NamedTuple):
     def part(self, held: bool) -> "_Pairs":
         return _Pairs(*(column[self.held == held] for column in self))
 
-    def joined(self, other: "_Pairs") -> "_Pairs":
-        return _Pairs(*map(np.concatenate, zip(self, other, strict=True)))
-
 
 # "a brown dog" before what follows a noun: what people type into a search box
 NAMED = re.compile(
@@ -142,7 +139,11 @@ def spoken_of(pool: Pool) -> dict[str, np.ndarray]:
 
 
 def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
-    """As many photos that a name is said of as others, of the `HARD` that ITC likes best for it."""
+    """As many photos that a name is said of as others, of those that ITC likes best for it.
+
+    People leave much unsaid: of the photos that ITC likes best most show what is named, said or not. So the others come
+    from further down: of a name that is said of n photos, from the `HARD` after the first 3n.
+    """
     names = spoken_of(pool)
     texts = list(names)
     if not texts:
@@ -150,8 +151,10 @@ def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
     cosines = text_image_cosines(encoder.embed_texts(texts), encoder.embed_tokens(pool.tokens))
     pairs, truth = [], []
     for row, name in enumerate(texts):
-        best = np.argsort(-cosines[row])[:HARD]
-        own, other = best[names[name][best]], best[~names[name][best]]
+        said, order = names[name], np.argsort(-cosines[row])
+        own = order[: HARD + 3 * said.sum()]
+        own, other = own[said[own]], own[3 * said.sum() :]
+        other = other[~said[other]]
         count = min(len(own), len(other), PER_NAME)
         for label, photos in ((1.0, own), (0.0, other)):
             drawn = rng.choice(photos, count, replace=False)
