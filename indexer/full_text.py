@@ -166,17 +166,16 @@ class _Copy:
 
 def without_captions(catalog: Catalog, caption_ids: Collection[int]) -> FullText:
     """The full text as it would be without some captions: to ask with them, and not to find them by themselves."""
-    columns = [column(name) for name in ("rowid", "title", "captions", "tags", "names")]
+    texts = table(TABLE, *(column(name) for name in ("rowid", "title", "captions", "tags", "names")))
     held_out, copy = frozenset(caption_ids), _Copy()
     with copy.reading() as connection:
         connection.execute(text(f"CREATE VIRTUAL TABLE {TABLE} USING fts5({FIELDS}, tokenize = '{TOKENIZER}')"))
-        source, made = table(TABLE), table(TABLE, *columns)
-        for part in chunks(catalog.stream(select(*columns).select_from(source)), ROWS):
+        for part in chunks(catalog.stream(select(texts)), ROWS):
             rows = [dict(row._mapping) for row in part]
             left = _captions(catalog, [row["rowid"] for row in rows], held_out)
             for row in rows:
                 row["captions"] = "\n".join(left.get(row["rowid"], ())) or None
-            connection.execute(insert(made), rows)
+            connection.execute(insert(texts), rows)
         connection.commit()
     return FullText(copy)
 

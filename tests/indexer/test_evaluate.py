@@ -21,7 +21,8 @@ def captioned(library, photos):
     return library
 
 
-def test_a_caption_is_not_found_by_itself(captioned):
+def test_a_caption_is_not_found_by_itself(captioned, monkeypatch):
+    monkeypatch.setattr("indexer.full_text.ROWS", 2)  # more photos than are copied at once
     asked, held_out = own_queries(captioned.catalog)
     assert sorted(query.text for query in asked) == ["blue thing", "green thing", "red thing"] and len(held_out) == 3
     ids = captioned.searcher().index.ids()
