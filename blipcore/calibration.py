@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 TYPICAL_WORDS = 6  # a sentence; more words say nothing about the scale of scores
-LENGTH_WEIGHTS = np.round(np.arange(-5, 5.05, 0.1), 1)
+LENGTH_WEIGHTS = np.round(np.arange(0, -5.05, -0.1), 1)  # of equally good ones the first
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,17 @@ def fit_platt(score: np.ndarray, truth: np.ndarray, steps: int = 50) -> tuple[fl
 
 
 def fit_length_weight(log_odds: np.ndarray, short: np.ndarray, truth: np.ndarray) -> float:
-    """What makes the log odds of short texts likeliest to be right, with a sentence's curve as it is.
+    """What lets even odds tell short texts' matches best, by F1, with a sentence's curve as it is.
 
     Args:
         log_odds, short, truth: [n], by the curve of sentences, `shortness`, 1 where text and photo match.
     """
 
-    def loss(weight: float) -> float:
-        odds = log_odds + weight * short
-        return float(np.mean(np.logaddexp(0.0, odds) - truth * odds))
+    def f1(weight: float) -> float:
+        likely = log_odds + weight * short > 0
+        return float(2 * (likely & (truth > 0)).sum() / max(1, likely.sum() + truth.sum()))
 
-    return float(min(LENGTH_WEIGHTS, key=loss))
+    return float(max(LENGTH_WEIGHTS, key=f1))
 
 
 def choose_itc_weight(margin: np.ndarray, itc: np.ndarray, own: np.ndarray, grid: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from indexer.schema import Photo, Tag
 LIST = Path(__file__).with_name("things.txt")
 BATCH = 16  # photos
 CANDIDATES = 32  # things a photo that the matching model reads
-THRESHOLD, LIMIT = 0.25, 10  # see docs/organise.md for what they let through
+THRESHOLD, LIMIT = 0.35, 10  # see docs/organise.md for what they let through
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,8 @@ from blipcore.transforms import TextTokenizer
 
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])
 HARD = 32  # the calibration's pairs are among so many that ITC likes best
-FEWEST, COMMON, PER_NAME = (
-    4,
-    0.2,
-    6,
-)  # photos a name is said of, the share of them above which it says little; pairs of each
+FEWEST, COMMON = 4, 0.2  # photos a name is said of; the share of them above which it says little
+NAMES = 200
 
 
 def fit_scoring(
@@ -39,8 +36,8 @@ def fit_scoring(
 
     The weight is the best for re-ranking the `k` best photos of `queries` captions. The probability is fitted on
     balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best. The pairs of
-    half of the photos fit it, those of the other half measure it. What a short text gets follows from words out of the
-    captions, with photos that they are said of and with others.
+    half of the photos fit it, those of the other half measure it. What a short text gets follows from names out of the
+    captions, with the photos found for them, and those found where nothing is to be found.
 
     Args:
         diagram: where to draw how often the measured pairs of each probability are true, as a PNG.
@@ -139,32 +136,29 @@ def spoken_of(pool: Pool) -> dict[str, np.ndarray]:
 
 
 def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
-    """As many photos that a name is said of as others, of those that ITC likes best for it.
+    """For each name the photo that both stages find for it, and the one they find where it is said of none.
 
-    People leave much unsaid: of the photos that ITC likes best most show what is named, said or not. So the others come
-    from further down: of a name that is said of n photos, from the `HARD` after the first 3n.
+    So the probability of a short query's first result tells whether there is anything to find. People leave much
+    unsaid, so some of the second kind are right: what short texts get from them is on the careful side.
     """
     names = spoken_of(pool)
-    texts = list(names)
+    texts = sorted(names)
+    texts = [texts[place] for place in rng.permutation(len(texts))[:NAMES]]
     if not texts:
         return _Pairs(*np.zeros((3, 0)), np.zeros(0, bool))
     cosines = text_image_cosines(encoder.embed_texts(texts), encoder.embed_tokens(pool.tokens))
-    pairs, truth = [], []
-    for row, name in enumerate(texts):
-        said, order = names[name], np.argsort(-cosines[row])
-        own = order[: HARD + 3 * said.sum()]
-        own, other = own[said[own]], own[3 * said.sum() :]
-        other = other[~said[other]]
-        count = min(len(own), len(other), PER_NAME)
-        for label, photos in ((1.0, own), (0.0, other)):
-            drawn = rng.choice(photos, count, replace=False)
-            pairs += [(photo, row) for photo in drawn]
-            truth += [label] * count
-    pairs = np.array(pairs, int).reshape(-1, 2)
-    margins = encoder.match_tokens(pool.tokens, texts, pairs)
-    score = margins + weight * cosines[pairs[:, 1], pairs[:, 0]]
+    said = np.stack([names[name] for name in texts])
+    best = [np.argsort(-np.where(hidden, -2, cosines), 1)[:, :HARD] for hidden in (np.zeros_like(said), said)]
+    photos, rows = np.concatenate(best, 1), np.arange(len(texts))[:, None]
+    pairs = np.stack([photos.ravel(), np.repeat(rows, photos.shape[1])], 1)
+    margins = encoder.match_tokens(pool.tokens, texts, pairs).reshape(photos.shape)
+    scores = margins + weight * cosines[rows, photos]
+    halves = np.split(scores, [best[0].shape[1]], 1)
+    first = halves[0].argmax(1)
+    truth = said[rows[:, 0], best[0][rows[:, 0], first]].astype(float)
+    score = np.concatenate([halves[0].max(1), halves[1].max(1)])
     held = rng.random(len(texts)) < 0.5
-    return _Pairs(score, shortness(texts)[pairs[:, 1]], np.array(truth), held[pairs[:, 1]])
+    return _Pairs(score, np.tile(shortness(texts), 2), np.concatenate([truth, np.zeros(len(texts))]), np.tile(held, 2))
 
 
 def package(run: Path, data: Path, out: Path, *, k: int = 128, queries: int = 2500, limit: int | None = None) -> dict:
