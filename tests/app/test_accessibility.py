@@ -77,6 +77,7 @@ def test_index_run_shows_progress_pauses_and_goes_on_while_others_search(page, b
     other.close()
     with suppress(PlaywrightTimeout):  # unless it has ended; that it does the rest is shown by test_library_page.py
         page.get_by_role("button", name="Pause").click(timeout=5_000)
+        page.get_by_text("Paused after").wait_for(timeout=60_000)
     assert page.wrong == []
 
 
