@@ -100,6 +100,7 @@ class Exclusion:
         """Photo id -> log odds [number of phrases], of the photos that could be read in time for all texts."""
         from blipcore.calibration import shortness
 
+        scoring, short = self.searcher.encoder.scoring, shortness(self.texts)
         started, found = time.monotonic(), {photo_id: [] for photo_id in ids.tolist()}
         for at, (name, vector) in enumerate(zip(self.texts, self._vectors(self.texts), strict=True)):
             share = None
@@ -108,8 +109,7 @@ class Exclusion:
             margins = self.searcher.reranker.score(name, list(found), share)
             read = np.array(list(margins), np.int64)
             cosines = self.searcher.cosines(read, vector)
-            scoring, short = self.searcher.encoder.scoring, shortness([name])[0]
-            odds = scoring.log_odds(np.array(list(margins.values())), cosines, short)
+            odds = scoring.log_odds(np.array(list(margins.values())), cosines, short[at])
             found = {photo_id: [*found[photo_id], each] for photo_id, each in zip(read.tolist(), odds, strict=True)}
         ends = np.cumsum([len(each.read) for each in self.names])[:-1]
         return {photo_id: np.array([any_of(each) for each in np.split(odds, ends)]) for photo_id, odds in found.items()}

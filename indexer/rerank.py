@@ -62,7 +62,7 @@ class Reranker:
             if at and budget_seconds is not None and time.monotonic() - started >= budget_seconds:
                 break
             known |= self._known(photo_ids[asked : at + CHUNK])
-            asked = max(asked, at + CHUNK)
+            asked = at + CHUNK
             chunk = _chunk(photo_ids[at : at + CHUNK], known)
             margins |= self._score_chunk(text, chunk, {p: known.pop(p) for p in chunk if p in known})
             at += len(chunk)

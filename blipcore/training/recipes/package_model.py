@@ -26,7 +26,7 @@ from blipcore.transforms import TextTokenizer
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])
 HARD = 32  # the calibration's pairs are among so many that ITC likes best
 FEWEST, COMMON = 4, 0.2  # photos a name is said of; the share of them above which it says little
-NAMES = 200
+NAMES = 200  # that short texts are fitted and measured on: each is read with twice HARD photos
 
 
 def fit_scoring(
