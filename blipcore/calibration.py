@@ -3,24 +3,32 @@
 BLIP ranks by ITM logit + ITC cosine. How much the cosine should weigh depends on the model, so the weight is
 recorded with it; a logistic curve (Platt 1999) turns the fused score into a probability of a match. A model that
 learnt from captions scores a word lower than a sentence that is as true, so the curve knows how many words it read.
+
+A model that also writes captions has a third witness: how likely its decoder finds the words, given the photo. Between
+texts that says little (long ones are always unlikely), between photos of one text much; so it is counted from the mean
+of the text's best candidates, and reorders these alone.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 TYPICAL_WORDS = 6  # a sentence; more words say nothing about the scale of scores
+DECODED = 32  # candidates of a text that the decoder reads too: the best by the two other scores
 LENGTH_WEIGHTS = np.round(np.arange(0, -5.05, -0.1), 1)  # of equally good ones the first
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """fused = ITM margin + itc_weight * cosine; probability = sigmoid(scale * fused + bias) of a sentence.
+    """fused = ITM margin + itc_weight * cosine + likelihood_weight * likelihood, and of a sentence
+    probability = sigmoid(scale * fused + bias).
 
-    The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the
-    curve was fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's
-    words beside a photo are worth, on the scale of log odds.
+    The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the curve was
+    fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's words
+    beside a photo are worth, on the scale of log odds. The likelihood is `centred`, and 0 of what the decoder did not
+    read; where its weight is 0, no decoder is asked.
     """
 
     itc_weight: float = 1.0
@@ -29,17 +37,23 @@ class Scoring:
     calibrated: bool = False
     length_weight: float = 0.0
     text_weight: float = 10.0
+    likelihood_weight: float = 0.0
 
-    def fused(self, margin: np.ndarray, itc: np.ndarray) -> np.ndarray:
-        """ITM margins and ITC cosines of the same shape -> ranking scores."""
-        return margin + self.itc_weight * itc
+    def fused(self, margin: np.ndarray, itc: np.ndarray, likelihood: np.ndarray = 0.0) -> np.ndarray:
+        """ITM margins, ITC cosines and centred likelihoods of the same shape -> ranking scores."""
+        return margin + self.itc_weight * itc + self.likelihood_weight * likelihood
 
     def probability(self, margin: np.ndarray, itc: np.ndarray, short: np.ndarray = 0.0) -> np.ndarray:
         """-> match probabilities in [0, 1], of one text in the same order as the fused scores; `short`: `log_odds`."""
         return sigmoid(self.log_odds(margin, itc, short))
 
     def log_odds(
-        self, margin: np.ndarray, itc: np.ndarray, short: np.ndarray = 0.0, strength: np.ndarray = 0.0
+        self,
+        margin: np.ndarray,
+        itc: np.ndarray,
+        short: np.ndarray = 0.0,
+        strength: np.ndarray = 0.0,
+        likelihood: np.ndarray = 0.0,
     ) -> np.ndarray:
         """-> the log odds of a match.
 
@@ -47,8 +61,9 @@ class Scoring:
             short: `shortness` of the text.
             strength: how much of the words stands beside the photo, 0 to about 1. Half of them beside a photo say
                 nothing of the rest, so they leave its probability as it is.
+            likelihood: as `fused` takes it.
         """
-        score = self.fused(margin, itc) if self.calibrated else margin
+        score = self.fused(margin, itc, likelihood) if self.calibrated else margin
         beside = self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
         return self.scale * score + self.bias + self.length_weight * np.asarray(short) + beside
 
@@ -93,20 +108,26 @@ def fit_length_weight(log_odds: np.ndarray, short: np.ndarray, truth: np.ndarray
     return float(max(LENGTH_WEIGHTS, key=f1))
 
 
-def choose_itc_weight(margin: np.ndarray, itc: np.ndarray, own: np.ndarray, grid: np.ndarray) -> float:
-    """The weight with the best mean of recall@1 and recall@5 over candidates.
+def centred(likelihood: np.ndarray) -> np.ndarray:
+    """Log-likelihoods [..., n] of a text given each of n images -> how far each lies above their mean."""
+    return likelihood - likelihood.mean(-1, keepdims=True)
+
+
+def choose_weights(witnesses: Sequence[np.ndarray], own: np.ndarray, grids: Sequence[np.ndarray]) -> tuple[float, ...]:
+    """The weights with the best mean of recall@1 and recall@5 over candidates, one for each witness but the first.
 
     Args:
-        margin, itc: [Q, k], candidates of each query.
+        witnesses: scores [Q, k] of each query's candidates, as ITM margins, cosines, likelihoods.
         own: bool [Q, k], the right candidate (rows without one count as missed).
-        grid: weights to try.
+        grids: weights to try, for each witness but the first.
     """
+    first, *others = witnesses
 
-    def quality(weight: float) -> float:
-        fused = margin + weight * itc
+    def quality(weights: tuple[float, ...]) -> float:
+        fused = first + sum(weight * other for weight, other in zip(weights, others, strict=True))
         best_own = np.where(own, fused, -np.inf).max(1)
         rank = (fused >= best_own[:, None]).sum(1) - own.sum(1).clip(max=1)
         found = own.any(1)
         return float(((rank < 1) & found).mean() + ((rank < 5) & found).mean())
 
-    return float(max(grid, key=quality))
+    return tuple(float(weight) for weight in max(itertools.product(*grids), key=quality))

@@ -19,7 +19,7 @@ from blipcore.checkpoint import LoadedModel, fingerprint, in_float32, is_head, l
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
 from blipcore.hub import canonical_name, find_model, holds_vlm, models_folder
-from blipcore.matcher import match_logits, match_pairs
+from blipcore.matcher import log_likelihoods, match_logits, match_pairs
 from blipcore.models.blip import Blip
 from blipcore.models.packed import bfloat16_pays, pack_linears
 from blipcore.models.vision_tower import VisionTower
@@ -46,6 +46,7 @@ class BlipEncoder:
         dim: the width E of its vectors.
         input_size: the side S of the square pixels [S, S, 3] it reads. scoring: how ITM and ITC become one.
         can_match, can_caption, can_ask: what it can do besides embedding.
+        has_likelihood: one model matches and writes, so that its words have a likelihood (`likelihoods`).
         multilingual: it reads more than English.
         caption_styles: styles of decoding, each with the options that `caption` takes for it.
     """
@@ -64,6 +65,7 @@ class BlipEncoder:
         self.can_match = model.retrieval is not None
         self.can_caption = model.captioner is not None
         self.can_ask = model.vqa is not None
+        self.has_likelihood = isinstance(model.retrieval, Blip) and model.retrieval is model.captioner
         self.can_chat = self.can_ground = False
         config = next(m for m in (model.retrieval, model.captioner, model.vqa) if m is not None).config
         self.input_size, self.dim = config.vision_config.image_size, config.image_text_hidden_size
@@ -138,6 +140,17 @@ class BlipEncoder:
         with torch.inference_mode():
             match = match_logits if logits else match_pairs
             return match(self._model.need_retrieval(), tokens, ids, mask, np.asarray(pairs))
+
+    def likelihoods(self, tokens: Tensor | Patches, texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """How likely the decoder finds each pair's text as a caption: float32 [P], in nats; pairs as in `match_tokens`.
+
+        Raises ModelError where matching and captions are two models, which do not read the same tokens.
+        """
+        if not self.has_likelihood:
+            raise ModelError(f"{self.name} does not match and write with one model: its words have no likelihood")
+        ids, mask = self._tokenize(texts)
+        with torch.inference_mode():
+            return log_likelihoods(self._model.retrieval, tokens, ids, mask, np.asarray(pairs))
 
     def explain(self, image: Picture, text: str, words: Sequence[str] | None = None) -> "list[HeatMap]":
         """Where a picture shows the words of a text, by what ITM reads: see `blipcore.explain`.

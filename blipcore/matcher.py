@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blipcore.models.blip import Blip, starting_with
-from blipcore.models.text import first_states, image_keys_values, text_states
+from blipcore.models.text import causal_states, first_states, image_keys_values, text_states
 from blipcore.patches import Patches
 
 if TYPE_CHECKING:
@@ -70,6 +70,29 @@ def match_pairs(
     """As `match_logits`, the margins alone, float32 [P]: match minus mismatch; sigmoid gives ITM's probability."""
     logits = match_logits(model, images, ids, mask, pairs, chunk)
     return logits[:, 1] - logits[:, 0]
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Blip, images: Tensor | Patches, ids: Tensor, mask: Tensor, pairs: np.ndarray, chunk: int | None = None
+) -> np.ndarray:
+    """What the decoder thinks of each pair's text as a caption of its image: float32 [P], in nats, `[SEP]` included.
+
+    Args: as `match_logits` takes them.
+    """
+    patches = images if isinstance(images, Patches) else Patches(images)
+    lengths, found = mask.sum(1).cpu().numpy(), np.empty(len(pairs), np.float32)
+    decoder, starts = model.text_decoder, starting_with(model.dec_token_id, ids)
+    for rows in _by_text(pairs, lengths, chunk or (GPU_CHUNK if ids.is_cuda else CHUNK)):
+        texts = torch.from_numpy(pairs[rows, 1]).to(ids.device)
+        texts = texts[:1] if (pairs[rows, 1] == pairs[rows[0], 1]).all() else texts
+        length = int(lengths[pairs[rows[0], 1]])
+        chosen = patches.take(pairs[rows, 0], ids.device, decoder.dtype)
+        states = causal_states(decoder.bert, starts[texts, :length], chosen.features, chosen.sizes)
+        logits = decoder.cls(states).float()
+        own = logits.gather(-1, ids[texts, 1:length].expand(len(rows), -1)[..., None])[..., 0]
+        found[rows] = (own - logits.logsumexp(-1)).sum(1).cpu().numpy()
+    return found
 
 
 def _read_images(model: Blip, patches: Patches, ids: Tensor, mask: Tensor, pairs: np.ndarray) -> Tensor:

@@ -85,6 +85,12 @@ class OpenClipEncoder:
             tokens = self._matcher_tokens(tokens)
         return self.matcher.match_tokens(tokens, texts, pairs, **options)
 
+    def likelihoods(self, tokens: "np.ndarray | Patches", texts: Sequence[str], pairs: np.ndarray) -> np.ndarray:
+        """As BlipEncoder.likelihoods."""
+        if isinstance(tokens, np.ndarray):
+            tokens = self._matcher_tokens(tokens)
+        return self.matcher.likelihoods(tokens, texts, pairs)
+
     def pack_tokens(self, tokens: np.ndarray, form: str = "int8") -> list[bytes]:
         """What the BLIP keeps of each photo, of what `image_tokens` gave."""
         return self.matcher.pack_tokens(self._matcher_tokens(tokens), form)

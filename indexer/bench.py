@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from blipcore.calibration import DECODED
 from indexer.errors import LibraryError
 from indexer.rerank import Reranker
 
@@ -32,6 +33,9 @@ def time_stages(library, rounds: int = 5) -> list[dict]:
         ),
         f"re-rank {len(ids)}, photos in memory": lambda i: warm.score(QUERIES[i % len(QUERIES)], ids.tolist()),
     }
+    if encoder.scoring.likelihood_weight:
+        best = ids[:DECODED].tolist()
+        stages[f"the decoder reads the best {len(best)}"] = lambda i: warm.likelihoods(QUERIES[i % len(QUERIES)], best)
     return [{"stage": stage, **_timed(work, rounds)} for stage, work in stages.items()]
 
 

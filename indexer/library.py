@@ -311,6 +311,7 @@ class PhotoLibrary:
         budget_ms: float | None = None,
         min_probability: float | None = None,
         likely: bool = False,
+        approximate: bool = False,
         ask: str | None = None,
         answer: str | None = None,
         ask_model: str | None = None,
@@ -327,6 +328,8 @@ class PhotoLibrary:
             budget_ms: time for re-ranking; what it does not reach keeps its first-stage order.
             min_probability: drop results below it, and those that were not re-ranked.
             likely: drop results below the cut, and those that were not re-ranked: nothing is left where nothing fits.
+            approximate: with a model of several vectors a photo (BLIP-2), compare all of them only of the photos that
+                one vector a photo names: faster in a large library, and some photos are missed (docs/family.md).
             ask: a question that each of the top_k results is asked, once for all searches: it becomes its `.answer`.
             answer: keep results whose answer fulfils it: ">2", "2..5", "yes", "red|blue"; see indexer.conditions.
             ask_model: the model that answers, by default the active one; see `ask`.
@@ -345,7 +348,13 @@ class PhotoLibrary:
         searcher = self.searcher()
         encoder = None if ask is None else self.encoder_that("ask", ask_model, "--ask-model")
         hits = searcher.search(
-            query, top_k=top_k, rerank=rerank, budget_seconds=budget, min_probability=min_probability, likely=likely
+            query,
+            top_k=top_k,
+            rerank=rerank,
+            budget_seconds=budget,
+            min_probability=min_probability,
+            likely=likely,
+            approximate=approximate,
         )
         if encoder is not None:
             hits[:] = asking.beside(hits, ask, self._answers(encoder, hits, ask), condition)
@@ -357,7 +366,7 @@ class PhotoLibrary:
         """As `search`, but the first stage's results come at once, then the re-ranked ones: one or two SearchResults.
 
         Args:
-            options: top_k, rerank, budget_ms, min_probability, likely; as `search` takes them.
+            options: top_k, rerank, budget_ms, min_probability, likely, approximate; as `search` takes them.
         """
         query, budget = self._query(text, image, without, where), options.pop("budget_ms", None)
         return self.searcher().stages(query, budget_seconds=None if budget is None else budget / 1000, **options)

@@ -3,11 +3,12 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 import numpy as np
 from sqlalchemy import select
 
+from blipcore.calibration import centred
 from indexer.catalog import Catalog
 from indexer.config import PATCH_FORM
 from indexer.errors import UnreadablePhoto
@@ -29,6 +30,11 @@ def _chunk(photo_ids: Sequence[int], known: Container[int]) -> Sequence[int]:
     """As many of the first photos as have no more than `FRESH_CHUNK` unknown ones among them."""
     unknown = [place for place, photo_id in enumerate(photo_ids) if photo_id not in known]
     return photo_ids[: unknown[FRESH_CHUNK]] if len(unknown) > FRESH_CHUNK else photo_ids
+
+
+def _with_one_text(records: Collection) -> np.ndarray:
+    """Pairs [n, 2] of each record and the first text."""
+    return np.stack([np.arange(len(records)), np.zeros(len(records), int)], 1)
 
 
 class Reranker:
@@ -68,6 +74,15 @@ class Reranker:
             at += len(chunk)
         return margins
 
+    def likelihoods(self, text: str, photo_ids: Sequence[int]) -> dict[int, float]:
+        """How likely the decoder finds the text given each photo that can be read, in nats above their mean."""
+        records = self.records(photo_ids)
+        if not records:
+            return {}
+        tokens = self.encoder.unpack_tokens(list(records.values()))
+        found = centred(self.encoder.likelihoods(tokens, [text], _with_one_text(records)))
+        return dict(zip(records, found.tolist(), strict=True))
+
     def records(self, photo_ids: Sequence[int]) -> dict[int, bytes]:
         """Image tokens of the photos that can be read."""
         return self._complete(photo_ids, self._known(photo_ids))
@@ -76,8 +91,8 @@ class Reranker:
         records = self._complete(photo_ids, known)
         if not records:
             return {}
-        pairs = np.stack([np.arange(len(records)), np.zeros(len(records), int)], 1)
-        margins = self.encoder.match_tokens(self.encoder.unpack_tokens(list(records.values())), [text], pairs)
+        tokens = self.encoder.unpack_tokens(list(records.values()))
+        margins = self.encoder.match_tokens(tokens, [text], _with_one_text(records))
         return dict(zip(records, margins.tolist(), strict=True))
 
     def _known(self, photo_ids: Sequence[int]) -> dict[int, bytes]:

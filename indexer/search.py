@@ -198,6 +198,7 @@ class Searcher:
         budget_seconds: float | None = None,
         min_probability: float | None = None,
         likely: bool = False,
+        approximate: bool = False,
         first: bool = True,
     ) -> Iterator[SearchResults]:
         """The results of the first stage at once and, where there is a second one, its results when they are ready.
@@ -205,13 +206,14 @@ class Searcher:
         Args:
             min_probability: leave out results below it, and those that were not re-ranked.
             likely: leave out results below the cut, and those that were not re-ranked.
+            approximate: as `VectorIndex.search` takes it.
             first: False yields the last results alone.
         """
         started = time.monotonic()
         words = self._reading(query)
         rerank = rerank if query.text and self.encoder.can_match and words.matches else 0
         excluded = Exclusion(query.without, self)
-        found = self._candidates(query, max(top_k, rerank), excluded)
+        found = self._candidates(query, max(top_k, rerank), excluded, approximate)
 
         def results(rows: list[_Row], read: int, last: bool) -> SearchResults:
             rows = [row for row in rows if not last or _passes(row, min_probability, likely)]
@@ -234,7 +236,9 @@ class Searcher:
             read = [i for i in kept.ids.tolist() if i in judged.log_odds] if judged.log_odds else kept.ids.tolist()
             left = None if budget_seconds is None else max(0.0, budget_seconds - (time.monotonic() - started))
             margins = self.reranker.score(query.text, read[:rerank], left)
-            yield results(self._rows(kept, margins, query, judged.log_odds), len(margins), last=True)
+            in_time = budget_seconds is None or time.monotonic() - started < budget_seconds
+            likelihoods = self._likelihoods(query.text, kept, margins) if in_time else {}
+            yield results(self._rows(kept, margins, query, judged.log_odds, likelihoods), len(margins), last=True)
 
     def similar(self, photo_id: int, top_k: int = 20, where: Where | None = None) -> SearchResults:
         """Photos whose vectors lie next to this one's; the photo itself is left out."""
@@ -333,27 +337,29 @@ class Searcher:
         sample = nearest_cosines(self._sampled[1] @ vector)
         return float(sample.mean()), float(sample.std())
 
-    def nearest(self, vector: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def nearest(
+        self, vector: np.ndarray, k: int, among: np.ndarray | None = None, approximate: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest photos of a unit vector [E]. -> (ids int64 [n], cosines float32 [n]), best first."""
         if not len(self.index) or k <= 0 or (among is not None and not len(among)):
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        scores, ids = self.index.search(vector[None], k, among)
+        scores, ids = self.index.search(vector[None], k, among, approximate=approximate)
         found = ids[0] >= 0
         return ids[0][found], np.clip(scores[0][found], -1, 1)  # float16 vectors are not exactly of unit length
 
-    def _candidates(self, query: Query, wanted: int, excluded: Exclusion) -> Candidates:
+    def _candidates(self, query: Query, wanted: int, excluded: Exclusion, approximate: bool) -> Candidates:
         """Photos that may answer, best first by both lists; all pass the filters, and no words leave them out."""
-        found = self._found(query, wanted * SPARE if excluded else wanted, excluded)
+        found = self._found(query, wanted * SPARE if excluded else wanted, excluded, approximate)
         return found.only(~excluded.said_beside(found.ids)) if excluded else found
 
-    def _found(self, query: Query, wanted: int, excluded: Exclusion) -> Candidates:
+    def _found(self, query: Query, wanted: int, excluded: Exclusion, approximate: bool) -> Candidates:
         vector = self.vector(query)
         condition = compile_filters(query.where)
         if vector is None and not query.text:
             return self._newest(condition, wanted)
         among = None if condition is None else self._passing(condition)
         wanted += len(query.photo_ids)
-        ids, itc = NO_PHOTOS if vector is None else self.nearest(vector, wanted, among)
+        ids, itc = NO_PHOTOS if vector is None else self.nearest(vector, wanted, among, approximate)
         if excluded and len(ids):
             order = np.argsort(excluded.likeness(ids).sum(1) - self.standing(ids, vector), kind="stable")
             ids, itc = ids[order], itc[order]
@@ -386,6 +392,20 @@ class Searcher:
         nothing = np.zeros(len(ids), np.int64)
         return Candidates(ids, None, nothing.astype(np.float32), nothing, nothing)
 
+    def _likelihoods(self, text: str, found: Candidates, margins: dict[int, float]) -> dict[int, float]:
+        """What the decoder thinks of the best of those that ITM read, where the model's scoring asks for it."""
+        from blipcore.calibration import DECODED
+
+        scoring = self.encoder.scoring
+        if not scoring.likelihood_weight or not margins:
+            return {}
+        ids = found.ids.tolist()
+        cosines = np.zeros(len(ids)) if found.cosines is None else found.cosines
+        score = {
+            i: scoring.fused(margins[i], itc) for i, itc in zip(ids, cosines.tolist(), strict=True) if i in margins
+        }
+        return self.reranker.likelihoods(text, sorted(score, key=score.get, reverse=True)[:DECODED])
+
     # -- the order ------------------------------------------------------------------------------------------
 
     def _rows(
@@ -394,11 +414,13 @@ class Searcher:
         margins: dict[int, float],
         query: Query,
         against: dict[int, np.ndarray] | None = None,
+        likelihoods: dict[int, float] | None = None,
     ) -> list[_Row]:
         """Candidates in their final order: those that were read by what speaks for them, then the others as found.
 
         Args:
             against: photo id -> the log odds of each phrase that must not be there.
+            likelihoods: of those that the decoder read.
         """
         ids = found.ids.tolist()
         cosines = [None] * len(found) if found.cosines is None else found.cosines.tolist()
@@ -408,8 +430,16 @@ class Searcher:
             itc = found.cosines[read] if found.cosines is not None else np.zeros(len(read))
             named = [ids[row] for row in read]
             spoken_against = np.array([against[i] for i in named]) if against else None
-            asked = [query.text] * len(read)
-            told = self._told(asked, named, [margins[i] for i in named], itc, found.strengths[read], spoken_against)
+            asked, weighed = [query.text] * len(read), likelihoods or {}
+            told = self._told(
+                asked,
+                named,
+                [margins[i] for i in named],
+                itc,
+                found.strengths[read],
+                spoken_against,
+                np.array([weighed.get(i, 0.0) for i in named]),
+            )
         rows = [
             _Row(photo_id, cosine, itc_rank or None, text_rank or None, **told.get(photo_id, {}))
             for photo_id, cosine, itc_rank, text_rank in zip(
@@ -420,18 +450,18 @@ class Searcher:
         sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
         return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
 
-    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None) -> dict[int, dict]:
+    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=0.0) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.
 
         Args:
-            texts: [n], what each was read with. margins, cosines, strengths: [n].
+            texts: [n], what each was read with. margins, cosines, strengths, likelihoods: [n].
             against: log odds [n, number of phrases], of what must not be there.
         """
         from blipcore.calibration import shortness, sigmoid
 
         scoring, margins = self.encoder.scoring, np.asarray(margins, np.float64)
-        score = scoring.scale * scoring.fused(margins, cosines) + scoring.text_weight * strengths
-        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths))
+        score = scoring.scale * scoring.fused(margins, cosines, likelihoods) + scoring.text_weight * strengths
+        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths, likelihoods))
         if against is not None:
             score = score - AGAINST * against.sum(1)
             probability = probability * [none_shown(each) for each in against]

@@ -5,9 +5,11 @@ that suits their number: one list that is read whole, exactly, up to a few hundr
 of which a query reads a few (indexer.index_lists), trained and tuned when `retrain` is called (indexer.index_tuning).
 
 Some models give a photo several vectors (BLIP-2: 32): a photo counts by the nearest of them, exactly as the paper
-scores.
+scores. On demand an index of one vector a photo, the direction of them all, stands beside: it names candidates, of
+which all vectors are then compared.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -30,6 +32,8 @@ DENSE_SHARE = 0.15  # where all is read, a filter that leaves more is applied to
 FILTER_SLACK = 0.02  # added to the margin under a filter: an album's photos are unlike the library's (0.013 measured)
 SPARSE_IDS = 64  # times as high as there are photos may ids go for a bitmap
 COPIED_AT_ONCE = 5000  # photos: how long a search waits for new lists being made
+NAMED = 1000  # candidates that one vector a photo names, at least; and so many for each that is wanted:
+NAMED_EACH = 10
 GPU_PAYS = 50_000_000  # vectors compared since the last removal, after which a copy on the GPU pays
 
 
@@ -45,12 +49,13 @@ class VectorIndex:
         self.generation = -1  # of the catalog, when this index was last level with it
         self._lists = VectorLists.flat(dim)  # a photo's vectors have the labels id * per_photo + 0, 1, ...
         self._ids = np.zeros(0, np.int64)  # sorted
-        self._notes: dict = {}  # of the training: lists, trained, imbalance, margin, recall, captions
+        self._notes: dict = {}  # of the training: lists, trained, imbalance, margin, wide_margin, recall, captions
         self._lock = threading.RLock()  # held by every reader, and where something changes
         self._changes = threading.RLock()  # held from the first to the last of what must see one state; taken first
         self._changed: list[np.ndarray] | None = None  # ids added and removed while new lists are made
         self._training = threading.Lock()
         self._gpu, self._compared = None, 0
+        self._summary: VectorIndex | None = None  # one vector a photo, where that was asked for
 
     def __len__(self) -> int:
         """How many photos."""
@@ -81,6 +86,8 @@ class VectorIndex:
             self._note(ids)
             if self._gpu:
                 self._to_gpu(labels, vectors)
+            if self._summary is not None:
+                self._summary.add(ids, _directions(vectors, each))
 
     def remove(self, ids: np.ndarray) -> int:
         """Forget these ids; unknown ones are ignored. -> how many went. One call costs a pass: batch."""
@@ -91,6 +98,8 @@ class VectorIndex:
                 self._ids = np.delete(self._ids, np.searchsorted(self._ids, known))
                 self._note(known)
                 self._gpu, self._compared = None, 0
+                if self._summary is not None:
+                    self._summary.remove(known)
             return len(known)
 
     def _labels(self, ids: np.ndarray) -> np.ndarray:
@@ -109,7 +118,9 @@ class VectorIndex:
 
     # -- search ---------------------------------------------------------------------------------------------
 
-    def search(self, vectors: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, vectors: np.ndarray, k: int, among: np.ndarray | None = None, *, approximate: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest photos of each query, best first, equal ones in the order of their ids.
 
         Exact in one list, and where `among` leaves few; from many lists, of the recall that `kind` names.
@@ -117,12 +128,16 @@ class VectorIndex:
         Args:
             vectors: float32 [q, dim].
             among: int64 ids to choose from; all where None.
+            approximate: where photos have several vectors, compare all of them only of the photos that one vector a
+                photo names. The cosines are exact, some photos are missed (tests/benchmarks/bench_blip2_search.py).
 
         Returns:
             (cosines float32 [q, k], ids int64 [q, k]), k at most the number of photos; where fewer than k are to
             choose from, id -1 and cosine -inf.
         """
         queries = np.ascontiguousarray(vectors, np.float32)
+        if approximate and self.per_photo > 1:
+            return self._search_named(queries, k, among)
         with self._lock:
             wanted = max(1, min(k, len(self)))
             scores = np.full((len(queries), wanted), -np.inf, np.float32)
@@ -148,6 +163,32 @@ class VectorIndex:
             rows, depth = rows[~complete], 2 * depth
         return scores, ids
 
+    def _search_named(self, queries: np.ndarray, k: int, among) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, among the photos that the summary names for each query."""
+        summary = self.summary()
+        named = summary.search(queries, max(NAMED, NAMED_EACH * k), among)[1]
+        wanted = max(1, min(k, len(self)))
+        scores = np.full((len(queries), wanted), -np.inf, np.float32)
+        ids = np.full((len(queries), wanted), -1, np.int64)
+        with self._lock:
+            for row, query in enumerate(queries):
+                here = self._here(named[row])
+                cosines = (self.vectors(here) @ query).max(-1)
+                order = np.lexsort((here, -cosines))[:wanted]
+                scores[row, : len(order)], ids[row, : len(order)] = cosines[order], here[order]
+        return scores, ids
+
+    def summary(self) -> "VectorIndex":
+        """The index of one vector a photo, made where there is none yet: a pass over all vectors."""
+        with self._changes:
+            if self._summary is None:
+                summary = VectorIndex(self.dim)
+                for at in range(0, len(self), COPIED_AT_ONCE):
+                    part = self._ids[at : at + COPIED_AT_ONCE]
+                    summary.add(part, _directions(self.vectors(part), self.per_photo))
+                self._summary = summary
+            return self._summary
+
     def _nearest(self, queries: np.ndarray, depth: int, chosen) -> tuple[np.ndarray, np.ndarray]:
         """(cosines, labels) [q, depth] of the nearest vectors, -inf and -1 where there are fewer."""
         if chosen is None:
@@ -163,7 +204,8 @@ class VectorIndex:
                 labels = np.take_along_axis(labels, order, axis=1)
                 return scores, np.where(np.isfinite(scores), labels, -1)
         exact = margin is None or chosen.share < EXACT_SHARE
-        return self._lists.search(queries, depth, None if exact else margin + FILTER_SLACK, chosen.selector)
+        wide = None if exact else self._notes.get("wide_margin", margin) + FILTER_SLACK
+        return self._lists.search(queries, depth, wide, chosen.selector)
 
     def _nearest_of_all(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         self._compared += len(queries) * len(self._lists)
@@ -260,9 +302,9 @@ class VectorIndex:
             given = np.zeros((0, self.dim), np.float32) if given is None else given[: index_tuning.QUERIES]
             made_up = index_tuning.made_up_queries(sample, index_tuning.QUERIES - len(given))
             both = np.random.default_rng(0).permutation(np.concatenate([given, made_up]))
-            margin, recall = index_tuning.tune(lists, np.ascontiguousarray(both, np.float32))
+            margin, wide, recall = index_tuning.tune(lists, np.ascontiguousarray(both, np.float32))
             notes |= {"trained": len(lists), "imbalance": lists.imbalance(), "captions": len(given)}
-            notes |= {"margin": margin, "recall": recall}
+            notes |= {"margin": margin, "wide_margin": wide, "recall": recall}
         return lists, notes
 
     def _fill(self, lists: VectorLists, ids: np.ndarray, stop: Callable) -> None:
@@ -296,6 +338,8 @@ class VectorIndex:
                 self._lists.write(aside)
                 append_notes(aside, {**self._notes, "lists": self._lists.count, "per_photo": self.per_photo})
                 aside.replace(file)
+                if self._summary is not None:
+                    self._summary.save(_summary_file(file))
         except (RuntimeError, OSError) as error:
             aside.unlink(missing_ok=True)
             raise LibraryError(
@@ -317,6 +361,11 @@ class VectorIndex:
             raise ValueError(f"{file} holds vectors of width {lists.dim}, expected {dim}")
         index._lists, index._notes, index.per_photo = lists, notes, notes.get("per_photo", 1)
         index._ids = np.sort(lists.labels())[:: index.per_photo] // index.per_photo
+        if index.per_photo > 1:
+            with contextlib.suppress(ValueError):
+                summary = cls.load(_summary_file(file), dim)
+                # an id's vectors never change, so the same ids are the same photos
+                index._summary = summary if np.array_equal(summary._ids, index._ids) else None
         return index
 
 
@@ -368,6 +417,16 @@ def _best_photos(scores: np.ndarray, ids: np.ndarray, wanted: int, several: bool
         # one that was not reached may be as near as the last of them
         complete[row] = exhausted or (len(first) == wanted and row_scores[-1] < row_scores[first[-1]])
     return *best, complete
+
+
+def _summary_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.summary")
+
+
+def _directions(vectors: np.ndarray, each: int) -> np.ndarray:
+    """Photos' vectors, `each` of a photo in all -> the unit vector of each photo's sum, float32 [n, dim]."""
+    sums = vectors.reshape(-1, each, vectors.shape[-1]).sum(1)
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
 
 
 def _remove_leftovers(file: Path) -> None:

@@ -8,6 +8,7 @@ from blipcore.evaluation.captioning import captioning
 from blipcore.evaluation.classification import classification
 from blipcore.evaluation.retrieval import (
     Pool,
+    candidate_likelihoods,
     candidate_margins,
     embed_pool,
     itc_recall,
@@ -18,6 +19,7 @@ from blipcore.evaluation.vqa import vqa
 
 __all__ = [
     "Pool",
+    "candidate_likelihoods",
     "candidate_margins",
     "captioning",
     "classification",

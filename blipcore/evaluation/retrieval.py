@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blipcore.calibration import Scoring
+from blipcore.calibration import DECODED, Scoring, centred
 from blipcore.captioned import CaptionedPhotos
 from blipcore.encoder import BlipEncoder, choose_precision
 from blipcore.evaluation.common import UNRANKED, Progress, best_columns, need_encoder, open_split, pictures, silent
@@ -21,7 +21,7 @@ TEXTS_AT_ONCE = 256
 PAIRS_AT_ONCE = 1024  # of a call of the matcher, between two moves of the progress
 
 
-def retrieval(
+def retrieval(  # noqa: PLR0913 - all that an evaluation can be told
     data: Path,
     split: str | None,
     model: str | BlipEncoder,
@@ -31,11 +31,14 @@ def retrieval(
     limit: int | None = None,
     images: Path | None = None,
     progress: Progress = silent,
+    measured: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
     """Evaluate on `data`'s split. -> a row {"stage", "t2i", "i2t", "seconds", ...} for ITC and, with rerank, ITM.
 
     Text to image: every caption against every photo; the best `rerank` photos of each caption are read by ITM.
     Image to text: likewise, the best `rerank` captions of each photo (Li et al. 2021, ALBEF, section 4).
+
+    With a scoring that has a `likelihood_weight`, the decoder reads the best photos of each caption, too.
 
     BLIP's own figures are for `fusion` "paper" with rerank 128 on Flickr30k and 256 on COCO; texts are cut at the
     tokenizer's 40 tokens here and at 35 there.
@@ -43,6 +46,7 @@ def retrieval(
     Args:
         data, split, images: as `blipcore.captioned.open_captioned` takes them.
         fusion: a name of `FUSIONS`: "model", the scoring recorded with the model, or "paper".
+        measured: given each row as soon as it is there; re-ranking takes many times as long as the rest.
 
     Raises:
         ModelError: the data, a photo or the model cannot be used.
@@ -54,20 +58,22 @@ def retrieval(
     started = time.monotonic()
     pool = embed_pool(encoder, photos, progress=progress)
     shape = {"split": split, "photos": len(photos), "texts": len(pool.texts), "model": encoder.name}
-    itc = {
-        "stage": "itc",
-        **recall_at_k(pool.cosines, pool.owners),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+
+    def seconds() -> float:
+        return round(time.monotonic() - started, 1)
+
+    itc = {"stage": "itc", **recall_at_k(pool.cosines, pool.owners), "seconds": seconds(), **shape}
+    measured(itc)
     if not rerank:
-        return [{**itc, **shape}]
+        return [itc]
     by_text, by_image = rerank_both_ways(encoder, pool, rerank, FUSIONS[fusion], progress)
     recall = {
         "t2i": recall_at_k(by_text, pool.owners)["t2i"],
         "i2t": recall_at_k(by_image, pool.owners)["i2t"],
     }
-    itm = {"stage": "itm", **recall, "seconds": round(time.monotonic() - started, 1)}
-    return [{**itc, **shape}, {**itm, "rerank": rerank, "fusion": fusion, **shape}]
+    itm = {"stage": "itm", **recall, "seconds": seconds(), "rerank": rerank, "fusion": fusion, **shape}
+    measured(itm)
+    return [itc, itm]
 
 
 # -- the first stage ----------------------------------------------------------------------------------------
@@ -181,7 +187,27 @@ def rerank_both_ways(
     fused = pool.cosines.astype(np.float64)
     fused[texts, images] = _score_pairs(encoder, pool, np.stack([images, texts], 1), fuse, progress)
     behind = pool.cosines.astype(np.float64) + UNRANKED  # float32 would lose the cosines' order
-    return np.where(of_text, fused, behind), np.where(of_image, fused, behind)
+    by_text, by_image = np.where(of_text, fused, behind), np.where(of_image, fused, behind)
+    if fuse is fuse_as_model and encoder.scoring.likelihood_weight:
+        best = best_columns(by_text, min(k, DECODED))
+        likelihood = centred(candidate_likelihoods(encoder, pool, np.arange(len(by_text)), best, progress))
+        by_text[np.arange(len(best))[:, None], best] += encoder.scoring.likelihood_weight * likelihood
+    return by_text, by_image
+
+
+def candidate_likelihoods(
+    encoder: BlipEncoder, pool: Pool, texts: np.ndarray, photos: np.ndarray, progress: Progress = silent
+) -> np.ndarray:
+    """How likely the decoder finds texts [Q] given each of their photos [Q, k]: float32 [Q, k], in nats."""
+    found = np.empty(photos.shape, np.float32)
+    step = max(1, PAIRS_AT_ONCE // photos.shape[1])
+    for at in range(0, len(texts), step):
+        part = photos[at : at + step]
+        pairs = np.stack([part.ravel(), np.repeat(np.arange(len(part)), part.shape[1])], 1)
+        lines = [pool.texts[text] for text in texts[at : at + step]]
+        found[at : at + step] = encoder.likelihoods(pool.tokens, lines, pairs).reshape(part.shape)
+        progress("likelihoods", min(at + step, len(texts)) * photos.shape[1], photos.size)
+    return found
 
 
 def _score_pairs(encoder: BlipEncoder, pool: Pool, pairs: np.ndarray, fuse: Callable, progress: Progress) -> np.ndarray:

@@ -4,10 +4,10 @@ One image, many texts (`image_keys_values`, `text_states`): an image's keys and 
 texts and for both uses (matching and captions share the cross-attention), and texts that read the same image are laid
 side by side as one long query, so nothing is copied.
 
-One text, many images (`first_states`): the projections move to the text's side, where they are few. A head's scores
-q . (W_K x) are (W_K^T q) . x, and its context sum_n a_n (W_V x_n + b_V) is W_V (sum_n a_n x_n) + b_V, since the weights
-a_n add up to one; the key's bias adds the same to every score and cancels in the softmax. So no image's keys and values
-are ever computed: for a text of 8 tokens a fourth of the work. It is exact.
+One text, many images (`first_states`, `causal_states`): the projections move to the text's side, where they are few. A
+head's scores q . (W_K x) are (W_K^T q) . x, and its context sum_n a_n (W_V x_n + b_V) is W_V (sum_n a_n x_n) + b_V,
+since the weights a_n add up to one; the key's bias adds the same to every score and cancels in the softmax. So no
+image's keys and values are ever computed: for a text of 8 tokens a fourth of the work. It is exact.
 
 Shapes: B images, N image tokens, D their width, M texts an image (P = B * M), T text tokens, H width, h heads of
 d = H / h.
@@ -81,18 +81,39 @@ def first_states(tower: nn.Module, input_ids: Tensor, images: Tensor, sizes: Ten
         sizes: [P, N], how many patches each token stands for, where tokens were merged: it then draws as much
             attention as they did together (ToMe's proportional attention, Bolya et al. 2023).
     """
+    # nobody reads the other tokens' last states
+    return _states_over(tower, input_ids, images, sizes, None, slice(0, 1))[:, 0]
+
+
+def causal_states(tower: nn.Module, input_ids: Tensor, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """What tells the next token of a text: the decoder's states [P, T - 1, H], of all tokens but the last.
+
+    Args:
+        tower: the decoder's BlipTextModel. The others as `first_states` takes them.
+    """
+    length = input_ids.shape[1]
+    allowed = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+    return _states_over(tower, input_ids, images, sizes, allowed, slice(0, length - 1))
+
+
+def _states_over(
+    tower: nn.Module, input_ids: Tensor, images: Tensor, sizes: Tensor | None, allowed: Tensor | None, wanted: slice
+) -> Tensor:
+    """The last states of the tokens `wanted`, each token seeing those `allowed` [T, T], all of them without it."""
     embeddings = tower.embeddings
     hidden = embeddings.word_embeddings(input_ids) + embeddings.position_embeddings.weight[: input_ids.shape[1]]
     hidden = embeddings.LayerNorm(hidden)
     bias = None if sizes is None else sizes.log()[:, None].to(images.dtype)
     layers = tower.encoder.layer
     for layer in layers:
-        rows = hidden[:, :1] if layer is layers[-1] else hidden  # nobody reads the other tokens' last states
-        rows = _self_attention(layer, hidden, rows=rows)
+        rows, seen = hidden, allowed
+        if layer is layers[-1]:
+            rows, seen = hidden[:, wanted], None if allowed is None else allowed[wanted]
+        rows = _self_attention(layer, hidden, seen, rows=rows)
         context = _absorbed_context(layer, rows, images, bias)
         rows = layer.crossattention.output.LayerNorm(layer.crossattention.output.dense(context) + rows)
         hidden = layer.output.LayerNorm(layer.output.dense(layer.intermediate(rows)) + rows)
-    return hidden[:, 0]
+    return hidden
 
 
 def _absorbed_context(layer: nn.Module, hidden: Tensor, images: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from indexer.cli.common import AsJson, emit, err, out, read_lines
 
+WAYS = {"t2i": "text to image", "i2t": "image to text"}
 app = typer.Typer(help="Measure a model on captioned photos.", no_args_is_help=True)
 
 Plot = Annotated[Path | None, typer.Option(help="Also draw the figures into this .png, .svg or .pdf file.")]
@@ -38,11 +39,26 @@ def evaluate_retrieval(
 
     with _measuring(plot) as progress:
         rows = evaluation.retrieval(
-            data, split, model, rerank=rerank, fusion=fusion, limit=limit, images=images, progress=progress
+            data,
+            split,
+            model,
+            rerank=rerank,
+            fusion=fusion,
+            limit=limit,
+            images=images,
+            progress=progress,
+            measured=_tell_first_stage,
         )
     _print_figures(rows, evaluation.report.retrieval_table(rows), as_json)
     if plot:
         evaluation.report.plot_retrieval(rows, plot)
+
+
+def _tell_first_stage(row: dict) -> None:
+    """What is known long before re-ranking ends."""
+    if row["stage"] == "itc":
+        recall = ", ".join(f"{name} {' / '.join(f'{row[way][k]:.1f}' for k in row[way])}" for way, name in WAYS.items())
+        err.print(f"ITC alone, R@1/5/10: {recall}", soft_wrap=True)
 
 
 @app.command("captioning")

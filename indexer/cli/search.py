@@ -24,6 +24,9 @@ def search(
     likely: Annotated[
         bool, typer.Option("--likely", help="Only what is above the cut: nothing where nothing fits.")
     ] = False,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="BLIP-2: by one vector a photo first; faster, misses some.")
+    ] = False,
     ask: Annotated[str | None, typer.Option(help="A question that each result is asked.")] = None,
     answer: Annotated[str | None, typer.Option(help="Keep these answers: >2, 2..5, yes, red|blue, !red")] = None,
     ask_model: Annotated[str | None, typer.Option(help="The model that answers: a known one or a folder.")] = None,
@@ -46,6 +49,7 @@ def search(
         "budget_ms": budget_ms,
         "min_probability": min_probability,
         "likely": likely,
+        "approximate": approximate,
         "ask": ask,
         "answer": answer,
         "ask_model": ask_model,

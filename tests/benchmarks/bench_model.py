@@ -37,6 +37,7 @@ def main() -> None:
         (f"Match {count} photos with a text", "pair", {
             "transformers, ViT recomputed": lambda: theirs(input_ids=ids, attention_mask=mask, pixel_values=inputs),
             "photoblip, image tokens kept": lambda: encoder.match_tokens(tokens, [TEXT], pairs),
+            "photoblip, the decoder's likelihood alone": lambda: encoder.likelihoods(tokens, [TEXT], pairs),
         }, count),
         ("Caption 8 photos, 3 beams, the best chosen by ITM", "caption", {
             "photoblip": lambda: encoder.caption_pixels(pixels[:8])

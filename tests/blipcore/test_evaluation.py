@@ -3,6 +3,8 @@
 import json
 import sys
 import tarfile
+from copy import copy
+from dataclasses import replace
 from importlib import import_module
 from math import exp
 from pathlib import Path
@@ -84,6 +86,32 @@ def test_what_itm_read_is_fused_and_the_rest_stays_behind_in_first_stage_order(e
             np.testing.assert_allclose(row[first[:2]], both[first[:2]], atol=1e-4)
             assert row[first[2:]].max() < row[first[:2]].min()
             assert (np.diff(row[first[2:]]) <= 0).all()
+
+
+def test_the_decoder_weighs_the_best_photos_of_a_text_and_no_others(encoder, captioned, monkeypatch):
+    pool = evaluation.embed_pool(encoder, load_captioned(captioned, "dev"))
+    plain_text, plain_image = evaluation.rerank_both_ways(encoder, pool, 4)
+    monkeypatch.setattr(RETRIEVAL, "DECODED", 3)
+    monkeypatch.setattr(encoder, "scoring", replace(encoder.scoring, likelihood_weight=0.5))
+    by_text, by_image = evaluation.rerank_both_ways(encoder, pool, 4)
+    np.testing.assert_array_equal(by_image, plain_image)
+    np.testing.assert_array_equal(evaluation.rerank_both_ways(encoder, pool, 4, fuse_as_paper)[0].shape, (12, 6))
+    for text in range(12):
+        best = np.argsort(-plain_text[text], kind="stable")
+        pairs = np.array([(photo, 0) for photo in best[:3]])
+        likelihood = encoder.likelihoods(pool.tokens, [pool.texts[text]], pairs)
+        gained = by_text[text, best[:3]] - plain_text[text, best[:3]]
+        np.testing.assert_allclose(gained, 0.5 * (likelihood - likelihood.mean()), atol=1e-4)
+        np.testing.assert_array_equal(by_text[text, best[3:]], plain_text[text, best[3:]])
+    assert np.ptp(by_text - plain_text) > 1e-3
+
+
+def test_words_have_a_likelihood_where_one_model_matches_and_writes(encoder):
+    assert encoder.has_likelihood
+    apart = copy(encoder)
+    apart.has_likelihood = False
+    with pytest.raises(ModelError, match="no likelihood"):
+        apart.likelihoods(encoder.image_tokens(encoder.pixels([drawn_photo(0)])), ["a dog"], np.array([[0, 0]]))
 
 
 def test_pairs_in_blocks_score_as_all_at_once(encoder, captioned, monkeypatch):

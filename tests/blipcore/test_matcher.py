@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BlipForImageTextRetrieval
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from blipcore import matcher
-from blipcore.matcher import match_logits
+from blipcore.matcher import log_likelihoods, match_logits
 from blipcore.models.blip import Blip, starting_with
 from blipcore.models.text import first_states
 from blipcore.patches import Patches
@@ -119,3 +119,34 @@ def test_the_cheaper_way_is_taken(model):
 def test_no_pairs_have_no_scores(model, tokenised):
     tokens = model.encode_images(pixels(1)).detach()
     assert match_logits(model, tokens, *tokenised, np.zeros((0, 2), int)).shape == (0, 2)
+
+
+# -- the decoder ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def their_likelihood(model: Blip, tokens: torch.Tensor, ids: torch.Tensor) -> float:
+    """The sum of the log-probabilities of a text's tokens after the first, by transformers' decoder."""
+    theirs = BlipForConditionalGeneration(hub_config()).eval()
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    starts = starting_with(model.dec_token_id, ids)
+    words = theirs.text_decoder(input_ids=starts, encoder_hidden_states=tokens).logits.log_softmax(-1)
+    return float(words[0, :-1].gather(1, ids[0, 1:, None]).sum())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_likelihoods_are_those_of_transformers(model, tokenised, chunk):
+    (ids, mask), tokens = tokenised, model.encode_images(pixels(3)).detach()
+    pairs = np.random.default_rng(0).permutation([(i, t) for i in range(3) for t in range(len(TEXTS))])
+    found = log_likelihoods(model, tokens, ids, mask, pairs, chunk)
+    wanted = [their_likelihood(model, tokens[i : i + 1], ids[t : t + 1, : int(mask[t].sum())]) for i, t in pairs]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_merged_tokens_are_heeded_by_the_decoder(model, tokenised):
+    (ids, mask), tokens = tokenised, model.encode_images(pixels(2)).detach()
+    pairs, sizes = np.array([(0, 1), (1, 1)]), torch.full(tokens.shape[:2], 3.0)
+    plain = log_likelihoods(model, tokens, ids, mask, pairs)
+    np.testing.assert_allclose(log_likelihoods(model, Patches(tokens, sizes), ids, mask, pairs), plain, rtol=1e-5)
+    sizes[:, 0] = 30
+    assert np.abs(log_likelihoods(model, Patches(tokens, sizes), ids, mask, pairs) - plain).max() > 1e-3

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_length_weight, fit_platt, shortness, sigmoid
+from blipcore.calibration import (
+    Scoring,
+    centred,
+    choose_weights,
+    fit_length_weight,
+    fit_platt,
+    shortness,
+    sigmoid,
+)
 from blipcore.checkpoint import load_folder, save
 from blipcore.encoder import BlipEncoder, choose_precision
 from blipcore.generate import caption_candidates, prompt_ids, tidy
@@ -103,11 +111,25 @@ def test_short_texts_get_what_makes_them_right():
     assert scoring.probability(1.0, 0.0, np.log(1 / 6)) > scoring.probability(1.0, 0.0)
 
 
-def test_the_chosen_weight_is_the_one_that_ranks_best():
+def test_the_chosen_weights_are_those_that_rank_best():
     margin = np.array([[0.0, 1.0], [0.0, 1.0]])
     itc = np.array([[0.5, 0.3], [0.5, 0.3]])
     own = np.array([[True, False], [True, False]])
-    assert choose_itc_weight(margin, itc, own, np.array([0.0, 1.0, 10.0])) == 10.0
+    assert choose_weights([margin, itc], own, [np.array([0.0, 1.0, 10.0])]) == (10.0,)
+    # the second query is told right by the likelihood alone, which a large weight lets spoil the first
+    margin, itc, likelihood = margin * 0, np.array([[0.5, 0.4], [0.4, 0.4]]), np.array([[-1.0, 1.0], [1.0, -1.0]])
+    weights = choose_weights([margin, itc, likelihood], own, [np.array([1.0]), np.array([0.0, 0.01, 1.0])])
+    assert weights == (1.0, 0.01)
+
+
+def test_a_likelihood_counts_from_the_mean_of_its_query():
+    found = np.array([[-40.0, -42.0, -44.0], [-3.0, -3.0, -9.0]])
+    np.testing.assert_array_equal(centred(found), [[2, 0, -2], [2, 2, -4]])
+    scoring = Scoring(itc_weight=10.0, scale=0.5, bias=-1.0, calibrated=True, likelihood_weight=0.3)
+    fused = scoring.fused(np.array([1.0, 2.0]), np.array([0.3, 0.2]), np.array([2.0, 0.0]))
+    np.testing.assert_allclose(fused, [4.6, 4.0])  # what was not read counts as the mean
+    odds = scoring.log_odds(np.array([1.0, 2.0]), np.array([0.3, 0.2]), likelihood=np.array([2.0, 0.0]))
+    np.testing.assert_allclose(odds, [1.3, 1.0])
 
 
 @given(st.lists(st.tuples(st.floats(-20, 20), st.floats(-1, 1)), min_size=2, max_size=20))

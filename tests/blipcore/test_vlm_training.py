@@ -462,12 +462,16 @@ def test_bad_settings_are_explained(change, says, tokenizer, drawn, tmp_path):
 # -- it learns to look -------------------------------------------------------------------------------------------
 
 
-def flickr_or_demo(folder: Path) -> Path:
-    """Two dozen photos of Flickr8k where it is, else the demo's; one caption each."""
-    if (SHARED_DATA / "flickr8k" / "captions.tsv").exists():
-        photos = open_captioned(SHARED_DATA / "flickr8k", "train", 24)
-        return write_photos(folder, [(photo.key, photo.image(), photo.captions[0]) for photo in photos])
-    return demo_photos(folder)
+def flickr_or_demo(folder: Path, stages: int) -> list[Path]:
+    """Two dozen photos of Flickr8k for each stage; where that is not, the demo's for all. One caption each."""
+    if not (SHARED_DATA / "flickr8k" / "captions.tsv").exists():
+        return [demo_photos(folder)]
+    photos = list(open_captioned(SHARED_DATA / "flickr8k", "train", 24 * stages))
+    parts = [photos[at : at + 24] for at in range(0, len(photos), 24)]
+    return [
+        write_photos(folder.with_name(f"{folder.name}-{at}"), [(p.key, p.image(), p.captions[0]) for p in part])
+        for at, part in enumerate(parts)
+    ]
 
 
 def demo_photos(folder: Path) -> Path:
@@ -503,19 +507,20 @@ def gain(folder: Path, stage: Stage, data: Path) -> dict:
 
 
 def run_stages(
-    name: str, data: Path, folder: Path, *, read: int, steps: int, rate: float, batch: int = 12
+    name: str, parts: list[Path], folder: Path, *, read: int, steps: int, rate: float, batch: int = 12
 ) -> list[dict]:
     """A tiny system's stages, one from the other. -> a row a stage: losses before and after, and the gain.
 
     Args:
+        parts: captioned photos of each stage; a single part is every stage's.
         read: steps of `learn_language`. steps, rate, batch: of a stage.
     """
-    texts = [text for photo in open_captioned(data) for text in photo.captions]
+    texts = [text for part in parts for photo in open_captioned(part) for text in photo.captions]
     loaded = tiny_system(name, small_tokenizer(folder, texts))
     learn_language(loaded, texts, read)
     start, rows = save_vlm(loaded, folder / "start"), []
-    for stage in SYSTEMS[name].stages:
-        out = folder / stage.name
+    for number, stage in enumerate(SYSTEMS[name].stages):
+        data, out = parts[number % len(parts)], folder / stage.name
         more = ["--steps", steps, "--rate", rate, "--min-rate", rate / 10, "--batch-size", batch]
         if name != "qwen2-vl":
             more += ["--image-size", 48 if stage.layer_decay < 1 and stage is not SYSTEMS[name].stages[0] else 32]
@@ -528,17 +533,16 @@ def run_stages(
 
 
 def check_learned(rows: list[dict], share: float) -> None:
-    """Each stage learns, all of them leave at most a share of the loss, and captions prefer their own photos."""
+    """Each stage leaves at most a share of its loss, and captions prefer their own photos."""
     for row in rows:
-        assert row["last"] < row["first"], row
+        assert row["last"] < share * row["first"], row
         assert row["own"] > row["another"] + 0.01, row  # nats a token
-    assert rows[-1]["last"] < share * rows[0]["first"], rows
 
 
 @pytest.mark.parametrize("name", ["llava-1.5", "qwen2-vl"])
 def test_a_tiny_system_learns_to_look(name, tmp_path):
     data = demo_photos(tmp_path / "photos")
-    check_learned(run_stages(name, data, tmp_path, read=40, steps=40, rate=5e-3), share=0.5)
+    check_learned(run_stages(name, [data], tmp_path, read=40, steps=40, rate=5e-3), share=0.75)
 
 
 @pytest.mark.slow
@@ -549,10 +553,11 @@ def test_every_tiny_system_learns_to_look(name, tmp_path):
         options = {"read": 600, "steps": 400, "rate": 5e-3, "batch": 24}
     else:
         options = {"read": 200, "steps": 200, "rate": 2e-3}
-    rows = run_stages(name, flickr_or_demo(tmp_path / "photos"), tmp_path, **options)
+    parts = flickr_or_demo(tmp_path / "photos", len(SYSTEMS[name].stages))
+    rows = run_stages(name, parts, tmp_path, **options)
     for row in rows:
         print({key: value if isinstance(value, str) else round(value, 2) for key, value in row.items()})
-    check_learned(rows, share=0.6)
+    check_learned(rows, share=0.75 if len(parts) > 1 else 1.0)
 
 
 def test_watching_a_split_tells_what_the_image_is_worth(tokenizer, drawn, tmp_path):

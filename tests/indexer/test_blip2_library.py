@@ -7,7 +7,7 @@ from blipcore import evaluation
 from blipcore.checkpoint import save_blip2
 from blipcore.encoder import load_encoder
 from blipcore.transforms import TextTokenizer
-from indexer import PhotoLibrary
+from indexer import PhotoLibrary, vector_index
 from tests.blipcore.test_blip2 import HALF, tiny_blip2
 from tests.tiny import TOKENIZER, drawn_photo
 
@@ -52,6 +52,18 @@ def test_the_first_stage_ranks_by_the_nearest_of_a_photos_vectors(folders, libra
     for name, cosine in exact.items():
         assert found[name] == pytest.approx(cosine, abs=2e-3)  # thumbnails and float16 stand between
     assert len({round(value, 4) for value in exact.values()}) == 12
+
+
+def test_one_vector_a_photo_names_what_all_its_vectors_then_order(library, monkeypatch):
+    every = [(hit.photo_id, hit.itc) for hit in library.search("two dogs", top_k=12, rerank=0)]
+    named = library.search("two dogs", top_k=12, rerank=0, approximate=True)
+    assert [hit.photo_id for hit in named] == [photo for photo, _ in every]  # fewer than are named: nothing is missed
+    assert [hit.itc for hit in named] == pytest.approx([cosine for _, cosine in every], abs=1e-6)
+    monkeypatch.setattr(vector_index, "NAMED", 4)
+    monkeypatch.setattr(vector_index, "NAMED_EACH", 1)
+    few = [hit.photo_id for hit in library.search("two dogs", top_k=4, rerank=0, approximate=True)]
+    assert len(few) == 4
+    assert few == [photo for photo, _ in every if photo in few]  # in the order of their exact scores
 
 
 def test_classes_are_told_by_the_nearest_of_a_photos_vectors(encoder, tmp_path):

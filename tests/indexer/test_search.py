@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blipcore.calibration import Scoring
 from indexer.errors import QueryError
 from indexer.search import SearchResults
+from tests.fakes import ColourEncoder
 from tests.indexer.conftest import COLOURS, paint
 
 
@@ -171,6 +173,36 @@ def test_a_spent_budget_leaves_the_rest_as_the_first_stage_had_it(library, monke
     monkeypatch.setattr("indexer.rerank.FRESH_CHUNK", 1, raising=False)
     hits = library.search("red", budget_ms=0)
     assert hits.reranked == 1 and [hit.probability is None for hit in hits] == [False, True, True, True]
+
+
+class WritingEncoder(ColourEncoder):
+    """Its decoder prefers what is blue, whatever the words, by 10 nats."""
+
+    def __init__(self, weight: float):
+        super().__init__()
+        self.scoring = Scoring(itc_weight=1.0, scale=0.1, calibrated=True, likelihood_weight=weight)
+        self.read = []
+
+    def likelihoods(self, tokens, texts, pairs):
+        self.read.append(len(pairs))
+        tokens = np.asarray(tokens)[pairs[:, 0], 0]
+        return np.where(tokens[:, 2] > tokens[:, 0], -5.0, -15.0)
+
+
+def test_the_decoder_reorders_the_best_and_is_part_of_their_probability(library, open_library, monkeypatch):
+    plain = {hit.photo_id: hit for hit in open_library(encoder=WritingEncoder(0.0)).search("reddish")}
+    encoder = WritingEncoder(5.0)
+    weighed = open_library(encoder=encoder).search("reddish")
+    assert encoder.read == [4] and names(plain.values())[0] == "red" and names(weighed)[0] == "blue"
+    odds = {hit.photo_id: np.log(hit.probability / (1 - hit.probability)) for hit in weighed}
+    before = {photo: np.log(hit.probability / (1 - hit.probability)) for photo, hit in plain.items()}
+    gained = np.array([odds[photo] - before[photo] for photo in before])
+    assert gained.sum() == pytest.approx(0, abs=1e-3) and sorted(set(gained.round(2).tolist())) == [-1.25, 3.75]
+    assert [hit.probability for hit in weighed] == sorted((hit.probability for hit in weighed), reverse=True)
+    monkeypatch.setattr("blipcore.calibration.DECODED", 2)
+    assert len(open_library(encoder=encoder).search("reddish")) == 4 and encoder.read == [4, 2]
+    open_library(encoder=encoder).search("reddish", budget_ms=0)
+    assert encoder.read == [4, 2]  # there is no time left
 
 
 def test_the_background_is_that_of_the_whole_library(library):

@@ -247,7 +247,7 @@ def test_a_filter_of_any_selectivity_equals_brute_force(indexes, form, share, k,
         near = exact_scores[0] > exact_scores[0, -1] + 1e-4  # those at the end may be a rounding apart
         assert np.isin(exact_ids[0][near], found[0]).all()
     else:
-        assert np.isin(exact_ids[0], found[0]).mean() >= 0.9
+        assert (~np.isin(exact_ids[0], found[0])).sum() <= max(1, count // 10)  # on average fewer, see below
 
 
 def test_filters_of_many_lists_reach_the_recall_on_average(indexes):
@@ -575,3 +575,64 @@ def test_the_gpu_finds_what_the_cpu_finds(monkeypatch, each):
     assert on_gpu.search(queries[:1], 1)[1][0, 0] == 1
     on_gpu.remove(np.array([1]))
     assert on_gpu.search(queries[:1], 1)[1][0, 0] != 1
+
+
+# -- one vector a photo -----------------------------------------------------------------------------------------
+
+
+def one_vector_search(queries, ids, vectors, k, named):
+    """By brute force: of the photos whose mean direction is nearest, the k best by the nearest of their vectors."""
+    means = vectors.mean(1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    best = np.argsort(-(queries @ means.T), axis=1)[:, :named]
+    return np.array(
+        [ids[row[np.argsort(-(vectors[row] @ query).max(1))[:k]]] for query, row in zip(queries, best, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("form", ["several", "several ivf"])
+def test_one_vector_a_photo_names_candidates_whose_vectors_are_then_compared(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_index, "NAMED", 30)
+    monkeypatch.setattr(vector_index, "NAMED_EACH", 1)
+    vectors, ids, queries = several(1200), np.arange(1200) * 10, unit(20, seed=1)
+    index = made(form, tmp_path, ids, vectors)
+    scores, found = index.search(queries, 10, approximate=True)
+    wanted = one_vector_search(queries, ids, vectors, 10, 30)
+    assert np.mean([np.isin(*pair).mean() for pair in zip(wanted, found, strict=True)]) > 0.98  # float16 may tie
+    exact_scores, exact_ids = exact(queries, ids, vectors, 10)
+    assert not np.array_equal(found, exact_ids)  # an approximation: some photos are missed
+    assert (scores[:, 0] <= exact_scores[:, 0] + 1e-4).all() and (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_the_summary_is_kept_level_and_saved_beside(tmp_path, monkeypatch):
+    monkeypatch.setattr(vector_index, "NAMED", 5)
+    monkeypatch.setattr(vector_index, "NAMED_EACH", 1)
+    vectors, ids, file = several(60), np.arange(60), tmp_path / "index.faiss"
+    index = VectorIndex(DIM)
+    index.add(ids[:40], vectors[:40])
+    index.search(unit(1), 1, approximate=True)
+    index.add(ids[35:], vectors[::-1][:25])  # five of them are replaced
+    index.remove(ids[:10])
+    held = np.concatenate([vectors[10:35], vectors[::-1][:25]])
+    queries = unit(10, seed=4)
+    wanted = one_vector_search(queries, ids[10:], held, 3, 5)
+    np.testing.assert_array_equal(index.search(queries, 3, approximate=True)[1], wanted)
+    index.save(file)
+    again = VectorIndex.load(file, DIM)
+    assert again._summary is not None
+    np.testing.assert_array_equal(again.search(queries, 3, approximate=True)[1], wanted)
+    # a file of the summary that another index left is not believed
+    again.remove(ids[10:12])
+    again._summary = None
+    again.save(file)
+    last = VectorIndex.load(file, DIM)
+    assert last._summary is None
+    found = last.search(queries, 3, approximate=True)[1]
+    np.testing.assert_array_equal(found, one_vector_search(queries, ids[12:], held[2:], 3, 5))
+
+
+def test_a_model_of_one_vector_a_photo_has_nothing_to_approximate():
+    index, queries = VectorIndex(DIM), unit(5, seed=1)
+    index.add(np.arange(60), unit(60))
+    every, named = index.search(queries, 7), index.search(queries, 7, approximate=True)
+    np.testing.assert_array_equal(every[1], named[1])

@@ -1,22 +1,32 @@
 """From a run's weights to a model folder: `photoblip train package_model --run DIR --data DIR --out DIR`.
 
-Chooses on dev how much the cosine weighs beside ITM, fits the match probability on balanced hard pairs of dev,
-and writes weights, config, tokenizer and scoring. Nothing here looks at test.
+Chooses on dev how much the cosine and the decoder's likelihood weigh beside ITM, fits the match probability on balanced
+hard pairs of dev, and writes weights, config, tokenizer and scoring. Nothing here looks at test.
 """
 
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from blipcore.calibration import Scoring, choose_itc_weight, fit_length_weight, fit_platt, shortness, sigmoid
+from blipcore.calibration import (
+    DECODED,
+    Scoring,
+    centred,
+    choose_weights,
+    fit_length_weight,
+    fit_platt,
+    shortness,
+    sigmoid,
+)
 from blipcore.captioned import load_captioned
 from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
-from blipcore.evaluation import Pool, candidate_margins, embed_pool
+from blipcore.evaluation import Pool, candidate_likelihoods, candidate_margins, embed_pool
 from blipcore.evaluation.report import reliability_diagram
 from blipcore.metrics import expected_calibration_error, text_image_cosines
 from blipcore.models.presets import PRESETS
@@ -24,31 +34,30 @@ from blipcore.training.prototypes import without_camera
 from blipcore.transforms import TextTokenizer
 
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])
-HARD = 32  # the calibration's pairs are among so many that ITC likes best
+LIKELIHOOD_WEIGHTS = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2])
 FEWEST, COMMON = 4, 0.2  # photos a name is said of; the share of them above which it says little
-NAMES = 200  # that short texts are fitted and measured on: each is read with twice HARD photos
+NAMES = 200  # that short texts are fitted and measured on: each is read with twice DECODED photos
 
 
 def fit_scoring(
     encoder: BlipEncoder, pool: Pool, *, k: int, queries: int, seed: int = 0, diagram: Path | None = None
 ) -> tuple[Scoring, dict]:
-    """Fusion weight and match probability from a development split. -> (scoring, figures).
+    """Weights of the witnesses and match probability from a development split. -> (scoring, figures).
 
-    The weight is the best for re-ranking the `k` best photos of `queries` captions. The probability is fitted on
-    balanced pairs: a caption with its own photo, and with another of the `HARD` that ITC likes best. The pairs of
-    half of the photos fit it, those of the other half measure it. What a short text gets follows from names out of the
-    captions, with the photos found for them, and those found where nothing is to be found.
+    The weights are the best for re-ranking the `k` best photos of `queries` captions; a model that does not match and
+    write as one has no likelihood to weigh. The probability is fitted on balanced pairs: a caption with its own photo,
+    and with another of the `DECODED` best. The pairs of half of the photos fit it, those of the other half measure it.
+    What a short text gets follows from names out of the captions, with the photos found for them, and those found where
+    nothing is to be found.
 
     Args:
         diagram: where to draw how often the measured pairs of each probability are true, as a PNG.
     """
     rng = np.random.default_rng(seed)
-    weight, figures = _choose_weight(encoder, pool, rng.permutation(len(pool.texts))[:queries], k)
-    texts, score, truth = _balanced_pairs(encoder, pool, weight, rng)
-    caption_held = rng.permutation(pool.cosines.shape[1])[pool.owners[texts]] % 2 == 1
-    short = shortness([pool.texts[text] for text in texts])
-    captions = _Pairs(score.ravel(), np.tile(short, 2), truth.ravel(), np.tile(caption_held, 2))
-    words = _word_pairs(encoder, pool, weight, rng)
+    texts = rng.permutation(len(pool.texts))[:queries]
+    best, scoring, figures = _choose_weights(encoder, pool, texts, k)
+    captions = _balanced_pairs(pool, texts, best, scoring, rng)
+    words = _word_pairs(encoder, pool, scoring, rng)
     fitted, named = captions.part(False), words.part(False)
     scale, bias = fit_platt(fitted.score, fitted.truth)
     if scale <= 0:
@@ -56,11 +65,15 @@ def fit_scoring(
     length_weight = fit_length_weight(scale * named.score + bias, named.short, named.truth) if len(named.truth) else 0.0
 
     def measured(pairs: _Pairs) -> tuple[dict, np.ndarray, np.ndarray]:
-        held = pairs.part(True)
+        held = pairs.part(True)  # of a few captions there may be none
         probability = sigmoid(scale * held.score + length_weight * held.short + bias)
         right = (probability > 0.5) == held.truth
         named = {"pairs": len(right), "ece": round(expected_calibration_error(probability, held.truth), 4)}
-        return named | {"pair_accuracy": round(100 * float(right.mean()), 2)}, probability, held.truth
+        return (
+            named | {"pair_accuracy": round(100 * float(right.sum()) / max(1, len(right)), 2)},
+            probability,
+            held.truth,
+        )
 
     found, probability, held = measured(captions)
     figures |= found
@@ -68,39 +81,62 @@ def fit_scoring(
         figures["words"] = measured(words)[0]
     if diagram:
         reliability_diagram(probability, held, diagram)
-    return Scoring(weight, scale, bias, calibrated=True, length_weight=length_weight), figures
+    return replace(scoring, scale=scale, bias=bias, calibrated=True, length_weight=length_weight), figures
 
 
-def _choose_weight(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[float, dict]:
-    """-> (the cosine's weight beside ITM's margin, R@1 in percent with it, with ITC alone and with ITM alone)."""
-    best, margins = candidate_margins(encoder, pool, texts, k)
-    itc = pool.cosines[texts[:, None], best]
-    own = best == pool.owners[texts][:, None]
-    weight = choose_itc_weight(margins, itc, own, ITC_WEIGHTS)
+class _Candidates(NamedTuple):
+    """The best photos of each caption, [Q, n] each: which they are, and what all witnesses say of them."""
 
-    def r1(score: np.ndarray) -> float:
+    photos: np.ndarray
+    margin: np.ndarray
+    itc: np.ndarray
+    likelihood: np.ndarray  # centred; zeros where nothing has one
+
+
+def _choose_weights(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[_Candidates, Scoring, dict]:
+    """-> (the `DECODED` best of each caption, a scoring with the weights, R@1 in percent with and by each alone)."""
+    photos, margin = candidate_margins(encoder, pool, texts, k)
+    itc = pool.cosines[texts[:, None], photos]
+    own = photos == pool.owners[texts][:, None]
+    (weight,) = choose_weights([margin, itc], own, [ITC_WEIGHTS])
+    order = np.argsort(-(margin + weight * itc), axis=1, kind="stable")[:, :DECODED]
+    scoring = Scoring(itc_weight=weight)
+    best = _Candidates(*(np.take_along_axis(each, order, 1) for each in (photos, margin, itc)), np.zeros(order.shape))
+    best_own = np.take_along_axis(own, order, 1)
+
+    def r1(score: np.ndarray, own: np.ndarray) -> float:
         return round(100 * float(own[np.arange(len(own)), score.argmax(1)].mean()), 2)
 
-    figures = {"queries": len(texts), "k": k, "weight": weight}
-    return weight, figures | {"itc_r1": r1(itc), "fused_r1": r1(margins + weight * itc), "itm_r1": r1(margins)}
+    figures = {"queries": len(texts), "k": k, "weight": weight, "itc_r1": r1(itc, own)}
+    figures |= {"fused_r1": r1(margin + weight * itc, own), "itm_r1": r1(margin, own)}
+    if encoder.has_likelihood:
+        best = best._replace(likelihood=centred(candidate_likelihoods(encoder, pool, texts, best.photos)))
+        weights = choose_weights(best[1:], best_own, [ITC_WEIGHTS, LIKELIHOOD_WEIGHTS])
+        scoring = Scoring(itc_weight=weights[0], likelihood_weight=weights[1])
+        figures |= {"weight": weights[0], "likelihood_weight": weights[1], "likelihood_r1": r1(best[3], best_own)}
+        figures["fused_with_likelihood_r1"] = r1(scoring.fused(*best[1:]), best_own)
+    return best, scoring, figures
 
 
-def _balanced_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> tuple[np.ndarray, ...]:
-    """-> (the captions' numbers [Q], fused scores [2, Q], truth [2, Q]): row 0 own photos, row 1 hard other ones.
+def _balanced_pairs(pool: Pool, texts: np.ndarray, best: _Candidates, scoring: Scoring, rng) -> "_Pairs":
+    """Captions with their own photos, and with another each; held out are those of half of the photos.
 
-    Both are among the caption's `HARD` best by ITC, for only such pairs are ever given a probability. (With own photos
-    from anywhere beside mismatches from the best alone, a low score would speak for a match.)
+    Both are among the caption's best, for only such pairs are ever given a probability. (With own photos from anywhere
+    beside mismatches from the best alone, a low score would speak for a match.)
     """
-    hard = np.argsort(-pool.cosines, axis=1)[:, : min(HARD, pool.cosines.shape[1])]
-    own = hard == pool.owners[:, None]
-    texts = np.flatnonzero(own.any(1))
-    drawn = np.where(own[texts], -1.0, rng.random(own[texts].shape)).argmax(1)
-    photos = np.stack([pool.owners[texts], hard[texts, drawn]])
-    pairs = np.stack([photos.ravel(), np.tile(texts, 2)], 1)
-    margins = encoder.match_tokens(pool.tokens, pool.texts, pairs).reshape(photos.shape)
-    truth = np.zeros(photos.shape)
-    truth[0] = 1
-    return texts, margins + weight * pool.cosines[texts, photos], truth
+    own = best.photos == pool.owners[texts][:, None]
+    score = scoring.fused(*best[1:])
+    rows = np.flatnonzero(own.any(1) & (own.shape[1] > 1))
+    drawn = np.where(own, -1.0, rng.random(own.shape)).argmax(1)[rows]
+    held = rng.permutation(pool.cosines.shape[1])[pool.owners[texts[rows]]] % 2 == 1
+    short = shortness([pool.texts[text] for text in texts[rows]])
+    truth = np.repeat([1.0, 0.0], len(rows))
+    return _Pairs(
+        np.concatenate([score[rows, own[rows].argmax(1)], score[rows, drawn]]),
+        np.tile(short, 2),
+        truth,
+        np.tile(held, 2),
+    )
 
 
 class _Pairs(NamedTuple):
@@ -135,7 +171,7 @@ def spoken_of(pool: Pool) -> dict[str, np.ndarray]:
     return {name: said for name, said in found.items() if FEWEST <= said.sum() <= COMMON * photos}
 
 
-def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
+def _word_pairs(encoder: BlipEncoder, pool: Pool, scoring: Scoring, rng) -> _Pairs:
     """For each name the photo that both stages find for it, and the one they find where it is said of none.
 
     So the probability of a short query's first result tells whether there is anything to find. People leave much
@@ -148,12 +184,14 @@ def _word_pairs(encoder: BlipEncoder, pool: Pool, weight: float, rng) -> _Pairs:
         return _Pairs(*np.zeros((3, 0)), np.zeros(0, bool))
     cosines = text_image_cosines(encoder.embed_texts(texts), encoder.embed_tokens(pool.tokens))
     said = np.stack([names[name] for name in texts])
-    best = [np.argsort(-np.where(hidden, -2, cosines), 1)[:, :HARD] for hidden in (np.zeros_like(said), said)]
+    best = [np.argsort(-np.where(hidden, -2, cosines), 1)[:, :DECODED] for hidden in (np.zeros_like(said), said)]
     photos, rows = np.concatenate(best, 1), np.arange(len(texts))[:, None]
     pairs = np.stack([photos.ravel(), np.repeat(rows, photos.shape[1])], 1)
     margins = encoder.match_tokens(pool.tokens, texts, pairs).reshape(photos.shape)
-    scores = margins + weight * cosines[rows, photos]
-    halves = np.split(scores, [best[0].shape[1]], 1)
+    halves = np.split(scoring.fused(margins, cosines[rows, photos]), [best[0].shape[1]], 1)
+    if scoring.likelihood_weight:
+        found = np.split(encoder.likelihoods(pool.tokens, texts, pairs).reshape(photos.shape), [best[0].shape[1]], 1)
+        halves = [half + scoring.likelihood_weight * centred(each) for half, each in zip(halves, found, strict=True)]
     first = halves[0].argmax(1)
     truth = said[rows[:, 0], best[0][rows[:, 0], first]].astype(float)
     score = np.concatenate([halves[0].max(1), halves[1].max(1)])
