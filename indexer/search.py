@@ -48,6 +48,8 @@ class SearchResult:
             where it is not among them.
         likely: whether it is above the cut: likelier to be meant than not, or all of the words stand beside it; None
             where it was not re-ranked.
+        likelihood: how likely the decoder finds the words, in nats above the mean of the photos that it read; None of
+            others.
         explainer: what `explain` asks; None where the query had no words.
     """
 
@@ -65,6 +67,7 @@ class SearchResult:
     itc_rank: int | None = None
     text_rank: int | None = None
     likely: bool | None = None
+    likelihood: float | None = None
     explainer: Callable | None = field(default=None, repr=False, compare=False)
 
     def explain(self, word: str | None = None):
@@ -157,6 +160,7 @@ class _Row:
     itm: float | None = None
     probability: float | None = None
     likely: bool | None = None
+    likelihood: float | None = None
     score: float = 0.0
 
 
@@ -430,15 +434,9 @@ class Searcher:
             itc = found.cosines[read] if found.cosines is not None else np.zeros(len(read))
             named = [ids[row] for row in read]
             spoken_against = np.array([against[i] for i in named]) if against else None
-            asked, weighed = [query.text] * len(read), likelihoods or {}
+            asked, weighed = [query.text] * len(read), [(likelihoods or {}).get(i) for i in named]
             told = self._told(
-                asked,
-                named,
-                [margins[i] for i in named],
-                itc,
-                found.strengths[read],
-                spoken_against,
-                np.array([weighed.get(i, 0.0) for i in named]),
+                asked, named, [margins[i] for i in named], itc, found.strengths[read], spoken_against, weighed
             )
         rows = [
             _Row(photo_id, cosine, itc_rank or None, text_rank or None, **told.get(photo_id, {}))
@@ -450,23 +448,29 @@ class Searcher:
         sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
         return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
 
-    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=0.0) -> dict[int, dict]:
+    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=None) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.
 
         Args:
-            texts: [n], what each was read with. margins, cosines, strengths, likelihoods: [n].
+            texts: [n], what each was read with. margins, cosines, strengths: [n].
             against: log odds [n, number of phrases], of what must not be there.
+            likelihoods: [n], None of what the decoder did not read.
         """
         from blipcore.calibration import shortness, sigmoid
 
         scoring, margins = self.encoder.scoring, np.asarray(margins, np.float64)
-        score = scoring.scale * scoring.fused(margins, cosines, likelihoods) + scoring.text_weight * strengths
-        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths, likelihoods))
+        likelihoods = likelihoods or [None] * len(ids)
+        nats = np.array([each or 0.0 for each in likelihoods])
+        score = scoring.scale * scoring.fused(margins, cosines, nats) + scoring.text_weight * strengths
+        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths, nats))
         if against is not None:
             score = score - AGAINST * against.sum(1)
             probability = probability * [none_shown(each) for each in against]
-        columns = zip(ids, sigmoid(margins).tolist(), probability.tolist(), score.tolist(), strict=True)
-        return {i: {"itm": m, "probability": p, "likely": p >= LIKELY, "score": s} for i, m, p, s in columns}
+        columns = zip(ids, sigmoid(margins).tolist(), probability.tolist(), likelihoods, score.tolist(), strict=True)
+        return {
+            i: {"itm": m, "probability": p, "likely": p >= LIKELY, "likelihood": nats, "score": s}
+            for i, m, p, nats, s in columns
+        }
 
     def _results(self, rows: list[_Row]) -> list[SearchResult]:
         photos = self.catalog.photo_rows([row.photo_id for row in rows])
@@ -479,7 +483,7 @@ class Searcher:
                 SearchResult(
                     len(results) + 1, row.photo_id, photo["path"], None if row.itc is None else round(row.itc, 5),
                     row.itm, row.probability, photo["caption"], photo["taken_at"], self.model.name,
-                    itc_rank=row.itc_rank, text_rank=row.text_rank, likely=row.likely,
+                    itc_rank=row.itc_rank, text_rank=row.text_rank, likely=row.likely, likelihood=row.likelihood,
                 )
             )  # fmt: skip
         return results

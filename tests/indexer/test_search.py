@@ -193,6 +193,7 @@ def test_the_decoder_reorders_the_best_and_is_part_of_their_probability(library,
     plain = {hit.photo_id: hit for hit in open_library(encoder=WritingEncoder(0.0)).search("reddish")}
     encoder = WritingEncoder(5.0)
     weighed = open_library(encoder=encoder).search("reddish")
+    assert [hit.likelihood for hit in weighed] == [7.5, -2.5, -2.5, -2.5]
     assert encoder.read == [4] and names(plain.values())[0] == "red" and names(weighed)[0] == "blue"
     odds = {hit.photo_id: np.log(hit.probability / (1 - hit.probability)) for hit in weighed}
     before = {photo: np.log(hit.probability / (1 - hit.probability)) for photo, hit in plain.items()}
