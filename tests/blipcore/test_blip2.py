@@ -12,7 +12,6 @@ from blipcore.checkpoint import load_blip2, load_folder, save_blip2
 from blipcore.encoder import choose_precision
 from blipcore.errors import ModelError
 from blipcore.models.blip2 import DEC_TOKEN_ID, Blip2, blip2_config, blip2_mini, blip2_vit_g
-from blipcore.models.weights import renamed
 from blipcore.training.settings import LoopSettings
 from blipcore.transforms import TextTokenizer
 from tests.tiny import BUNDLED, TOKENIZER, pixels
@@ -140,46 +139,6 @@ def test_lm_logits_are_the_word_embedding_after_berts_transform(model, text):
     hidden = torch.nn.functional.layer_norm(hidden, (32,), head.LayerNorm.weight, head.LayerNorm.bias, 1e-12)
     expected = hidden @ model.embeddings.word_embeddings.weight.T + model.cls.predictions.bias
     torch.testing.assert_close(model.lm_logits(tokens, ids, mask), expected, atol=1e-4, rtol=1e-4)
-
-
-LAVIS = "salesforce-lavis needs a transformers before 5: its Q-Former is compared where it can be imported"
-
-
-@torch.no_grad()
-def test_lavis_q_former_gives_the_same(model, text):
-    module = pytest.importorskip("lavis.models.blip2_models.Qformer", reason=LAVIS, exc_type=ImportError)
-    config = module.BertConfig(
-        vocab_size=30523, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128
-    )
-    config.encoder_width, config.add_cross_attention, config.cross_attention_freq = 32, True, 2
-    config.query_length = 32
-    lavis = module.BertLMHeadModel(config).eval()
-    lavis_names = {
-        r"^qformer\.layernorm": "bert.embeddings.LayerNorm",
-        r"^qformer\.(.*)attention\.attention\.": r"bert.\1attention.self.",
-        r"^qformer\.": "bert.",
-        r"^embeddings\.": "bert.embeddings.",
-    }
-    names = {renamed(name, lavis_names): value for name, value in model.state_dict().items()}
-    names = {name: value for name, value in names.items() if name.startswith(("bert.", "cls."))}
-    missing, unexpected = lavis.load_state_dict(names, strict=False)
-    assert not unexpected and not [name for name in missing if "position_ids" not in name]
-    ids, mask = text
-    tokens, queries = model.encode_images(pixels(3)), model.query_tokens.expand(3, -1, -1)
-    seen = torch.ones(tokens.shape[:2], dtype=torch.long)
-    image = {"encoder_hidden_states": tokens, "encoder_attention_mask": seen, "return_dict": True}
-    both = torch.cat([torch.ones(3, 32, dtype=torch.long), mask], 1)
-    itc = lavis.bert(query_embeds=queries, use_cache=True, **image)
-    words = lavis.bert(ids, attention_mask=mask, return_dict=True).last_hidden_state
-    itm = lavis.bert(ids, query_embeds=queries, attention_mask=both, **image).last_hidden_state[:, :32]
-    first = torch.cat([torch.full((3, 1), 30522), ids[:, 1:]], 1)
-    itg = lavis(first, attention_mask=both, past_key_values=itc.past_key_values, return_dict=True).logits
-    close = {"atol": 1e-5, "rtol": 1e-5}
-    torch.testing.assert_close(model.query_states(tokens)[-1], itc.last_hidden_state, **close)
-    torch.testing.assert_close(model.qformer.text_states(model.embeddings(ids), mask)[:, 0], words[:, 0], **close)
-    torch.testing.assert_close(model.qformer.joint_states(queries, model.embeddings(ids), mask, tokens), itm, **close)
-    real = mask != 0
-    torch.testing.assert_close(model.lm_logits(tokens, ids, mask)[real], itg[real], atol=1e-4, rtol=1e-4)
 
 
 # -- who sees what ----------------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
 """BLIP-2's first stage learns: a step against plain arithmetic on transformers' modules, starts, the recipe."""
 
 import json
+import subprocess
+import sys
+import sysconfig
+import venv
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from blipcore.errors import ModelError
 from blipcore.evaluation import itc_recall
 from blipcore.models import blip2
 from blipcore.models.blip2 import Blip2
+from blipcore.models.weights import renamed
 from blipcore.training import blip2_objectives
 from blipcore.training.blip2_objectives import Blip2Pretraining
 from blipcore.training.blip2_starts import load_tower, load_words
@@ -158,6 +164,60 @@ def test_the_towers_rate_falls_towards_the_pixels():
     assert rate[id(tower.embeddings.class_embedding)] == 0.125
     assert [rate[id(layer.mlp.fc1.weight)] for layer in tower.encoder.layers] == [0.25, 0.5]
     assert rate[id(tower.post_layernorm.weight)] == rate[id(objective.model.query_tokens)] == 1.0
+
+
+# salesforce-lavis and what its code was written for; PyTorch and the rest come from this environment
+LAVIS = ("salesforce-lavis==1.0.2", "transformers==4.46.3", "tokenizers==0.20.3", "huggingface-hub==0.26.5")
+LAVIS_NAMES = {
+    r"^qformer\.layernorm": "Qformer.bert.embeddings.LayerNorm",
+    r"^qformer\.(.*)attention\.attention\.": r"Qformer.bert.\1attention.self.",
+    r"^qformer\.": "Qformer.bert.",
+    r"^embeddings\.": "Qformer.bert.embeddings.",
+    r"^cls\.": "Qformer.cls.",
+    r"^vision_projection": "vision_proj",
+    r"^text_projection": "text_proj",
+}
+
+
+def lavis_python(folder: Path) -> Path:
+    """The interpreter of a virtual environment of LAVIS's own; skips where it cannot be installed."""
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--python", python, *LAVIS]
+    if subprocess.run(install, check=False).returncode:
+        pytest.skip("salesforce-lavis cannot be installed here")
+    (own,) = folder.glob("lib/python*/site-packages")
+    (own / "zz_others.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")  # searched after its own
+    return python
+
+
+@pytest.mark.slow
+def test_the_losses_of_a_step_are_those_of_lavis(tmp_path, monkeypatch):
+    model = tiny_blip2()
+    ids, mask = TextTokenizer(TOKENIZER)(["two dogs in the snow", "a cat", "people on a beach", "a red car, parked"])
+    batch = {"pixel_values": pixels(4), "input_ids": ids, "attention_mask": mask, "ids": torch.arange(4)}
+    weights = {renamed(name, LAVIS_NAMES): value for name, value in model.state_dict().items()}
+    given = {
+        f"weight.{name}": value.clone()
+        for name, value in weights.items()
+        if not name.startswith("vision_model.") and "cls.predictions.decoder" not in name
+    }
+    given |= {"tokens": model.encode_images(pixels(4)).detach().clone(), "heads": torch.tensor(2)}
+    given |= {"input_ids": ids.contiguous(), "attention_mask": mask.contiguous()}
+    save_file(given, tmp_path / "given.safetensors")
+    script = Path(__file__).with_name("lavis_stage_one.py")
+    command = [lavis_python(tmp_path / "lavis"), script, tmp_path / "given.safetensors"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(  # the hardest negatives, as the script has it
+        blip2_objectives,
+        "sample_negatives",
+        lambda logits, same, **_: logits.softmax(1).masked_fill(same, 0).argmax(1),
+    )
+    with torch.no_grad():
+        ours = Blip2Pretraining(model)(batch)
+    theirs = json.loads(run.stdout.splitlines()[-1])
+    assert {name: float(ours[name]) for name in theirs} == pytest.approx(theirs, rel=1e-5)
 
 
 # -- starts -----------------------------------------------------------------------------------------------------
