@@ -345,7 +345,7 @@ class PhotoLibrary:
         query = self._query(text, image, without, where)
         budget = None if budget_ms is None else budget_ms / 1000
         condition = _condition(ask, answer)
-        searcher = self.searcher()
+        searcher = self._searcher_for(approximate)
         encoder = None if ask is None else self.encoder_that("ask", ask_model, "--ask-model")
         hits = searcher.search(
             query,
@@ -369,7 +369,8 @@ class PhotoLibrary:
             options: top_k, rerank, budget_ms, min_probability, likely, approximate; as `search` takes them.
         """
         query, budget = self._query(text, image, without, where), options.pop("budget_ms", None)
-        return self.searcher().stages(query, budget_seconds=None if budget is None else budget / 1000, **options)
+        searcher = self._searcher_for(options.get("approximate", False))
+        return searcher.stages(query, budget_seconds=None if budget is None else budget / 1000, **options)
 
     def evaluate(
         self,
@@ -915,6 +916,13 @@ class PhotoLibrary:
                 index, file = self._searcher.index, self.paths.vectors(model.fingerprint)
                 index.retrain_beside(self._caption_vectors, done=lambda: index.save(file))
             return self._searcher
+
+    def _searcher_for(self, approximate: bool):
+        """The searcher, with one vector a photo beside the index where that is asked for: made once, and kept."""
+        searcher = self.searcher()
+        if approximate and searcher.index.per_photo > 1:
+            searcher.index.summary(self.paths.vectors(searcher.model.fingerprint))
+        return searcher
 
     def _make_searcher(self, model, encoder):
         from indexer.rerank import Reranker, patch_keys

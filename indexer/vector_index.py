@@ -178,8 +178,12 @@ class VectorIndex:
                 scores[row, : len(order)], ids[row, : len(order)] = cosines[order], here[order]
         return scores, ids
 
-    def summary(self) -> "VectorIndex":
-        """The index of one vector a photo, made where there is none yet: a pass over all vectors."""
+    def summary(self, file: Path | None = None) -> "VectorIndex":
+        """The index of one vector a photo, made where there is none yet: a pass over all vectors.
+
+        Args:
+            file: where this index is saved: what had to be made is saved beside it.
+        """
         with self._changes:
             if self._summary is None:
                 summary = VectorIndex(self.dim)
@@ -187,6 +191,8 @@ class VectorIndex:
                     part = self._ids[at : at + COPIED_AT_ONCE]
                     summary.add(part, _directions(self.vectors(part), self.per_photo))
                 self._summary = summary
+                if file is not None and self.per_photo > 1:
+                    summary.save(_summary_file(file))
             return self._summary
 
     def _nearest(self, queries: np.ndarray, depth: int, chosen) -> tuple[np.ndarray, np.ndarray]:

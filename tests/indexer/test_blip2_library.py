@@ -54,7 +54,7 @@ def test_the_first_stage_ranks_by_the_nearest_of_a_photos_vectors(folders, libra
     assert len({round(value, 4) for value in exact.values()}) == 12
 
 
-def test_one_vector_a_photo_names_what_all_its_vectors_then_order(library, monkeypatch):
+def test_one_vector_a_photo_names_what_all_its_vectors_then_order(folders, library, monkeypatch):
     every = [(hit.photo_id, hit.itc) for hit in library.search("two dogs", top_k=12, rerank=0)]
     named = library.search("two dogs", top_k=12, rerank=0, approximate=True)
     assert [hit.photo_id for hit in named] == [photo for photo, _ in every]  # fewer than are named: nothing is missed
@@ -64,6 +64,11 @@ def test_one_vector_a_photo_names_what_all_its_vectors_then_order(library, monke
     few = [hit.photo_id for hit in library.search("two dogs", top_k=4, rerank=0, approximate=True)]
     assert len(few) == 4
     assert few == [photo for photo, _ in every if photo in few]  # in the order of their exact scores
+    (kept,) = folders[2].rglob("*.summary")  # made once
+    made = kept.stat().st_mtime_ns
+    again = PhotoLibrary.open(folders[2])
+    assert [hit.photo_id for hit in again.search("two dogs", top_k=4, rerank=0, approximate=True)] == few
+    assert kept.stat().st_mtime_ns == made
 
 
 def test_classes_are_told_by_the_nearest_of_a_photos_vectors(encoder, tmp_path):
