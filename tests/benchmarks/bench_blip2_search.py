@@ -45,7 +45,7 @@ def embeddings(model: Path, work: Path, every: int) -> tuple[np.ndarray, np.ndar
     """(photos' vectors float16 [n, 32, d], dev's first; its captions' [t, d]; which photo each is of [t])."""
     kept = work / f"{model.parent.name}-{every}.npz"
     if not kept.exists():
-        encoder, dev = load(str(model)), open_captioned(SHARED_DATA / "flickr8k", "dev")
+        encoder, dev = load(str(model)), open_captioned(SHARED_DATA / "flickr8k", "dev").load()
         texts, owners = dev.texts()
         parts = [encoder.embed_images([dev.image(i) for i in part]) for part in chunks(range(len(dev)), 64)]
         parts += [encoder.embed_images(part) for part in opened_photos(every)] if every else []
