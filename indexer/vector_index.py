@@ -32,8 +32,8 @@ DENSE_SHARE = 0.15  # where all is read, a filter that leaves more is applied to
 FILTER_SLACK = 0.02  # added to the margin under a filter: an album's photos are unlike the library's (0.013 measured)
 SPARSE_IDS = 64  # times as high as there are photos may ids go for a bitmap
 COPIED_AT_ONCE = 5000  # photos: how long a search waits for new lists being made
-NAMED = 1000  # candidates that one vector a photo names, at least; and so many for each that is wanted:
-NAMED_EACH = 10
+NAMED = 100  # candidates that one vector a photo names, at least; and so many for each that is wanted:
+NAMED_EACH = 3
 GPU_PAYS = 50_000_000  # vectors compared since the last removal, after which a copy on the GPU pays
 
 

