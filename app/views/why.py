@@ -32,7 +32,7 @@ def scores(hit) -> dict[str, str]:
     if hit.itm is not None:
         facts[_("Matching model alone")] = f"{hit.itm:.0%}"
     if hit.likelihood is not None:
-        facts[_("Caption writer")] = _("{nats:+.1f} nats to the mean of the best").format(nats=hit.likelihood)
+        facts[_("Caption writer")] = _("{nats:+.1f} nats against the mean of the best").format(nats=hit.likelihood)
     return facts | {_("Model"): components.model_name(hit.model)}
 
 
