@@ -16,7 +16,6 @@ from indexer.index_lists import VectorLists
 FLAT_LIMIT = 250_000  # vectors that are read whole: 5 ms of one core; beyond, lists
 DEPTH = 100  # the k of the recall
 TARGET = 0.993  # recall on the queries the margin is taken from: others then reach 0.99
-SHARES = (0.96, 0.97, 0.975, 0.98, 0.985, 0.99, TARGET)  # of what exact search finds, within the margins that are tried
 QUERIES = 512  # at most: half for the margin, half to measure it
 ROUNDS = 8  # of k-means
 EXAMPLES = 40  # vectors a centroid is trained on
@@ -80,13 +79,8 @@ def made_up_queries(vectors: np.ndarray, count: int) -> np.ndarray:
     return queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
 
 
-def tune(lists: VectorLists, queries: np.ndarray) -> tuple[float, float, float]:
-    """-> (the least margin that finds enough for the first half of the queries, one that is wide enough for filters,
-    the first one's recall at DEPTH on the second half).
-
-    A margin that reaches a share of the exact search's lists finds more than that share: while a search goes on, its
-    k-th best is still further away than it will be in the end, so more lists are read. So margins are tried out. What
-    a filter leaves is unlike what they were tried on: there the share is to be reached by the lists alone.
+def tune(lists: VectorLists, queries: np.ndarray) -> tuple[float, float]:
+    """-> (the margin that suits the first half of the queries, its recall at DEPTH on the second half).
 
     Args:
         queries: float32 [q, dim], in random order.
@@ -96,11 +90,6 @@ def tune(lists: VectorLists, queries: np.ndarray) -> tuple[float, float, float]:
     half = len(queries) // 2
     homes = lists.centroids[lists.places(labels[:half].ravel())[0]].reshape(half, k, -1)
     shortfalls = scores[:half, -1:] - np.einsum("qkd,qd->qk", homes, queries[:half])
-
-    def recall(margin: float, part: slice) -> float:
-        found = lists.search(queries[part], k, margin)[1]
-        return float(np.mean([np.isin(*pair).mean() for pair in zip(labels[part], found, strict=True)]))
-
-    margins = np.quantile(shortfalls, SHARES).tolist()
-    margin = next((each for each in margins[:-1] if recall(each, slice(half)) >= TARGET), margins[-1])
-    return margin, margins[-1], recall(margin, slice(half, None))
+    margin = float(np.quantile(shortfalls, TARGET))
+    found = lists.search(queries[half:], k, margin)[1]
+    return margin, float(np.mean([np.isin(*pair).mean() for pair in zip(labels[half:], found, strict=True)]))

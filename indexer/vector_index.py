@@ -49,7 +49,7 @@ class VectorIndex:
         self.generation = -1  # of the catalog, when this index was last level with it
         self._lists = VectorLists.flat(dim)  # a photo's vectors have the labels id * per_photo + 0, 1, ...
         self._ids = np.zeros(0, np.int64)  # sorted
-        self._notes: dict = {}  # of the training: lists, trained, imbalance, margin, wide_margin, recall, captions
+        self._notes: dict = {}  # of the training: lists, trained, imbalance, margin, recall, captions
         self._lock = threading.RLock()  # held by every reader, and where something changes
         self._changes = threading.RLock()  # held from the first to the last of what must see one state; taken first
         self._changed: list[np.ndarray] | None = None  # ids added and removed while new lists are made
@@ -210,8 +210,7 @@ class VectorIndex:
                 labels = np.take_along_axis(labels, order, axis=1)
                 return scores, np.where(np.isfinite(scores), labels, -1)
         exact = margin is None or chosen.share < EXACT_SHARE
-        wide = None if exact else self._notes.get("wide_margin", margin) + FILTER_SLACK
-        return self._lists.search(queries, depth, wide, chosen.selector)
+        return self._lists.search(queries, depth, None if exact else margin + FILTER_SLACK, chosen.selector)
 
     def _nearest_of_all(self, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         self._compared += len(queries) * len(self._lists)
@@ -308,9 +307,9 @@ class VectorIndex:
             given = np.zeros((0, self.dim), np.float32) if given is None else given[: index_tuning.QUERIES]
             made_up = index_tuning.made_up_queries(sample, index_tuning.QUERIES - len(given))
             both = np.random.default_rng(0).permutation(np.concatenate([given, made_up]))
-            margin, wide, recall = index_tuning.tune(lists, np.ascontiguousarray(both, np.float32))
+            margin, recall = index_tuning.tune(lists, np.ascontiguousarray(both, np.float32))
             notes |= {"trained": len(lists), "imbalance": lists.imbalance(), "captions": len(given)}
-            notes |= {"margin": margin, "wide_margin": wide, "recall": recall}
+            notes |= {"margin": margin, "recall": recall}
         return lists, notes
 
     def _fill(self, lists: VectorLists, ids: np.ndarray, stop: Callable) -> None:
