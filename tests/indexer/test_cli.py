@@ -55,7 +55,7 @@ def test_the_main_job_from_index_to_captions(photoblip, photos, tmp_path):
     assert code == 0 and len(hits) == 2 and Path(hits[0]["path"]).name == "red.png"
     assert list(hits[0]) == [
         "rank", "photo_id", "path", "itc", "itm", "probability", "caption", "taken_at", "model",
-        "itc_rank", "text_rank", "likely",
+        "itc_rank", "text_rank", "likely", "likelihood",
     ]  # fmt: skip
 
     code, stdout, _ = photoblip("search", "red", "--json", "--no-rerank")

@@ -31,7 +31,7 @@ def test_results_carry_every_score_and_where_they_come_from(library):
     assert 0 <= hit.itm <= 1 and 0 <= hit.probability <= 1 and -1 <= hit.itc <= 1
     assert list(hit.as_dict()) == [
         "rank", "photo_id", "path", "itc", "itm", "probability", "caption", "taken_at", "model",
-        "itc_rank", "text_rank", "likely",
+        "itc_rank", "text_rank", "likely", "likelihood",
     ]  # fmt: skip
 
 
