@@ -3,6 +3,7 @@
 Generation settings as salesforce/BLIP `models/blip.py`: 3 beams, 20 tokens with the prompt, at least 5.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,14 +64,16 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str, dec_token_id: int) -> Tens
 
 
 def tidy(text: str) -> str:
-    """Decoded WordPieces -> plain text: spaces and quotes put right, no word twice in a row, no dangling article."""
+    """Decoded WordPieces -> plain text: spaces and quotes put right, nothing said twice in a row, no dangling article."""
     words = text.replace(" ' ", "'").replace(" - ", "-").replace(" ,", ",").split()
     words = [word for word, after in zip(words, [*words[1:], ""], strict=True) if word != after]
     while words and words[-1] in _DANGLING:
         words.pop()
-    return " ".join(words)
+    return _SAID_TWICE.sub(r"\1", " ".join(words))
 
 
+# "a black jacket and black jacket"; a single word may be meant twice, as in "over and over" and "a man and a man"
+_SAID_TWICE = re.compile(r"\b(?!(?:an?|the) )((?:[\w'-]+ ){1,3}[\w'-]+) and (?:an? |the )?\1\b")
 _DANGLING = frozenset(
     [
         "a",

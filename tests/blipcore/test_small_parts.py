@@ -173,6 +173,9 @@ def test_a_caption_is_the_same_alone_and_in_a_batch():
         ("a dog runs in the", "a dog runs"),
         ("a man ' s hat", "a man's hat"),
         ("a t - shirt", "a t-shirt"),
+        ("a man in a black jacket and black jacket runs", "a man in a black jacket runs"),
+        ("a red car and a red car", "a red car"),
+        ("a man and a man run over and over", "a man and a man run over and over"),
         ("the", ""),
     ],
 )
