@@ -64,7 +64,7 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str, dec_token_id: int) -> Tens
 
 
 def tidy(text: str) -> str:
-    """Decoded WordPieces -> plain text: spaces and quotes put right, nothing said twice in a row, no dangling article."""
+    """Decoded WordPieces -> plain text: spaces and quotes put right, nothing said twice, no dangling article."""
     words = text.replace(" ' ", "'").replace(" - ", "-").replace(" ,", ",").split()
     words = [word for word, after in zip(words, [*words[1:], ""], strict=True) if word != after]
     while words and words[-1] in _DANGLING:
