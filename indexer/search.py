@@ -25,7 +25,7 @@ from indexer.language import Reading, reading
 from indexer.query import Query, Term
 from indexer.rerank import Reranker
 from indexer.schema import Embedding, Photo
-from indexer.vector_index import VectorIndex
+from indexer.vector_index import VectorIndex, directions
 
 TEXT_BATCH = 256
 KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
@@ -141,7 +141,7 @@ def nearest_cosines(cosines: np.ndarray) -> np.ndarray:
 
 def one_vector(vectors: np.ndarray) -> np.ndarray:
     """A picture as a query: its unit vector [E]; of several [Q, E], their direction together."""
-    return vectors if vectors.ndim == 1 else unit(vectors.sum(0))
+    return vectors if vectors.ndim == 1 else directions(vectors[None])[0]
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -468,8 +468,8 @@ class Searcher:
             probability = probability * [none_shown(each) for each in against]
         columns = zip(ids, sigmoid(margins).tolist(), probability.tolist(), likelihoods, score.tolist(), strict=True)
         return {
-            i: {"itm": m, "probability": p, "likely": p >= LIKELY, "likelihood": nats, "score": s}
-            for i, m, p, nats, s in columns
+            i: {"itm": m, "probability": p, "likely": p >= LIKELY, "likelihood": found, "score": s}
+            for i, m, p, found, s in columns
         }
 
     def _results(self, rows: list[_Row]) -> list[SearchResult]:

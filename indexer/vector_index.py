@@ -80,14 +80,14 @@ class VectorIndex:
         with self._changes, self._lock:
             self.remove(ids)
             self.per_photo = each
+            if self._summary is not None:
+                self._summary.add(ids, directions(vectors))
             labels, vectors = self._labels(ids), vectors.reshape(-1, self.dim)
             self._lists.add(labels, vectors)
             self._ids = np.sort(np.concatenate([self._ids, ids]))
             self._note(ids)
             if self._gpu:
                 self._to_gpu(labels, vectors)
-            if self._summary is not None:
-                self._summary.add(ids, _directions(vectors, each))
 
     def remove(self, ids: np.ndarray) -> int:
         """Forget these ids; unknown ones are ignored. -> how many went. One call costs a pass: batch."""
@@ -140,8 +140,7 @@ class VectorIndex:
             return self._search_named(queries, k, among)
         with self._lock:
             wanted = max(1, min(k, len(self)))
-            scores = np.full((len(queries), wanted), -np.inf, np.float32)
-            ids = np.full((len(queries), wanted), -1, np.int64)
+            scores, ids = _nothing_found(len(queries), wanted)
             chosen = None if among is None else _Chosen(among, self._ids, self.per_photo)
             if len(self) and (chosen is None or chosen.share):
                 for at in range(0, len(queries), BLOCK):
@@ -165,11 +164,9 @@ class VectorIndex:
 
     def _search_named(self, queries: np.ndarray, k: int, among) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, among the photos that the summary names for each query."""
-        summary = self.summary()
-        named = summary.search(queries, max(NAMED, NAMED_EACH * k), among)[1]
+        named = self.summary().search(queries, max(NAMED, NAMED_EACH * k), among)[1]
         wanted = max(1, min(k, len(self)))
-        scores = np.full((len(queries), wanted), -np.inf, np.float32)
-        ids = np.full((len(queries), wanted), -1, np.int64)
+        scores, ids = _nothing_found(len(queries), wanted)
         with self._lock:
             for row, query in enumerate(queries):
                 here = self._here(named[row])
@@ -189,9 +186,9 @@ class VectorIndex:
                 summary = VectorIndex(self.dim)
                 for at in range(0, len(self), COPIED_AT_ONCE):
                     part = self._ids[at : at + COPIED_AT_ONCE]
-                    summary.add(part, _directions(self.vectors(part), self.per_photo))
+                    summary.add(part, directions(self.vectors(part)))
                 self._summary = summary
-                if file is not None and self.per_photo > 1:
+                if file is not None:
                     summary.save(_summary_file(file))
             return self._summary
 
@@ -408,7 +405,7 @@ def _best_photos(scores: np.ndarray, ids: np.ndarray, wanted: int, several: bool
     Returns:
         (cosines [q, wanted], ids [q, wanted], complete [q]: whether a deeper search would change nothing).
     """
-    best = np.full((len(ids), wanted), -np.inf, np.float32), np.full((len(ids), wanted), -1, np.int64)
+    best = _nothing_found(len(ids), wanted)
     complete = np.zeros(len(ids), bool)
     for row in range(len(ids)):
         order = np.lexsort((ids[row], -scores[row]))
@@ -428,9 +425,14 @@ def _summary_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.summary")
 
 
-def _directions(vectors: np.ndarray, each: int) -> np.ndarray:
-    """Photos' vectors, `each` of a photo in all -> the unit vector of each photo's sum, float32 [n, dim]."""
-    sums = vectors.reshape(-1, each, vectors.shape[-1]).sum(1)
+def _nothing_found(queries: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cosines, ids) [queries, wanted] of a search that found no photo yet."""
+    return np.full((queries, wanted), -np.inf, np.float32), np.full((queries, wanted), -1, np.int64)
+
+
+def directions(vectors: np.ndarray) -> np.ndarray:
+    """Photos' vectors [n, each, dim] -> the unit vector of each photo's sum, [n, dim]."""
+    sums = vectors.sum(1)
     return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
 
 

@@ -10,6 +10,7 @@ from blipcore.errors import ModelError
 from blipcore.metrics import expected_calibration_error, reliability_bins
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+WAYS = {"t2i": "text to image", "i2t": "image to text"}
 
 
 # -- tables -------------------------------------------------------------------------------------------------
@@ -22,6 +23,12 @@ def retrieval_table(rows: Sequence[dict]) -> Table:
         recalls = [f"{row[way][k]:.1f}" for way in ("t2i", "i2t") for k in ("r1", "r5", "r10")]
         table.add_row(row["stage"], *recalls, f"{row['seconds']:.0f}")
     return table
+
+
+def first_stage_line(row: dict) -> str:
+    """Of `retrieval`'s first row, which is there long before the others."""
+    recalls = [f"{name} {' / '.join(f'{recall:.1f}' for recall in row[way].values())}" for way, name in WAYS.items()]
+    return f"ITC alone, R@1/5/10: {', '.join(recalls)}"
 
 
 def captioning_table(row: dict) -> Table:
@@ -71,8 +78,7 @@ def plot_retrieval(rows: Sequence[dict], file: Path) -> None:
         at = np.arange(len(names)) + (number - (len(rows) - 1) / 2) * width
         bars = axes.bar(at, [row[way][k] for way, k in names], width, label=row["stage"].upper())
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    words = {"t2i": "text to image", "i2t": "image to text"}
-    axes.set_xticks(range(len(names)), [f"{words[way]}\nR@{k[1:]}" for way, k in names], fontsize=8)
+    axes.set_xticks(range(len(names)), [f"{WAYS[way]}\nR@{k[1:]}" for way, k in names], fontsize=8)
     axes.set(ylabel="recall, %", ylim=(0, 112), title=f"{rows[0]['model']}: {rows[0]['photos']} photos")
     axes.legend(loc="upper left", ncols=len(rows))
     _save(figure, file)

@@ -9,7 +9,6 @@ from rich.table import Table
 
 from indexer.cli.common import AsJson, emit, err, out, read_lines
 
-WAYS = {"t2i": "text to image", "i2t": "image to text"}
 app = typer.Typer(help="Measure a model on captioned photos.", no_args_is_help=True)
 
 Plot = Annotated[Path | None, typer.Option(help="Also draw the figures into this .png, .svg or .pdf file.")]
@@ -56,9 +55,10 @@ def evaluate_retrieval(
 
 def _tell_first_stage(row: dict) -> None:
     """What is known long before re-ranking ends."""
+    from blipcore import evaluation
+
     if row["stage"] == "itc":
-        recall = ", ".join(f"{name} {' / '.join(f'{row[way][k]:.1f}' for k in row[way])}" for way, name in WAYS.items())
-        err.print(f"ITC alone, R@1/5/10: {recall}", soft_wrap=True)
+        err.print(evaluation.report.first_stage_line(row), soft_wrap=True)
 
 
 @app.command("captioning")

@@ -532,19 +532,20 @@ def run_stages(
     return rows
 
 
-def check_learned(rows: list[dict], share: float) -> None:
-    """Each stage leaves at most a share of its loss, and captions prefer their own photos."""
+def check_learned(rows: list[dict], share: float, whole: float | None = None) -> None:
+    """Each stage leaves at most a share of its loss, all together `whole` where they have the same photos, and captions
+    prefer their own photos."""
     for row in rows:
         assert row["last"] < share * row["first"], row
         assert row["own"] > row["another"] + 0.01, row  # nats a token
+    if whole is not None:
+        assert rows[-1]["last"] < whole * rows[0]["first"], rows
 
 
 @pytest.mark.parametrize("name", ["llava-1.5", "qwen2-vl"])
 def test_a_tiny_system_learns_to_look(name, tmp_path):
     data = demo_photos(tmp_path / "photos")
-    rows = run_stages(name, [data], tmp_path, read=40, steps=40, rate=5e-3)
-    check_learned(rows, share=0.95)
-    assert rows[-1]["last"] < 0.5 * rows[0]["first"], rows
+    check_learned(run_stages(name, [data], tmp_path, read=40, steps=40, rate=5e-3), share=0.95, whole=0.5)
 
 
 @pytest.mark.slow
@@ -559,9 +560,12 @@ def test_every_tiny_system_learns_to_look(name, tmp_path):
     rows = run_stages(name, parts, tmp_path, **options)
     for row in rows:
         print({key: value if isinstance(value, str) else round(value, 2) for key, value in row.items()})
+    if len(parts) == 1:
+        check_learned(rows, share=1.0, whole=0.6)
+        return
     # MiniGPT-4's stages train one matrix, and a T5 guesses much of a caption from its first words
     slow = name in {"minigpt-4", "minigpt-4-llama2", "blip2-t5"}
-    check_learned(rows, share=1.0 if len(parts) == 1 else 0.87 if slow else 0.75)
+    check_learned(rows, share=0.87 if slow else 0.75)
 
 
 def test_watching_a_split_tells_what_the_image_is_worth(tokenizer, drawn, tmp_path):
