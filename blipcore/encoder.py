@@ -282,7 +282,7 @@ class BlipEncoder:
     def _normalized(self, network, pixels: np.ndarray) -> Tensor:
         """uint8 [B, S, S, 3] -> [B, 3, S, S], as the network's patch embedding reads them."""
         reads = network.vision_model.embeddings.patch_embedding.weight.dtype
-        return self._model.normalize(pixels).to(self.device, reads)
+        return self._model.normalize(pixels, reads).to(self.device)
 
     def _tokens(self, network, pixels: np.ndarray) -> Tensor:
         with torch.inference_mode():

@@ -53,7 +53,7 @@ class OpenClip:
             floats = images.permute(0, 3, 1, 2).float()
             smaller = F.interpolate(floats, self.size, mode="bicubic", antialias=True).clamp(0, 255)
             images = smaller.permute(0, 2, 3, 1)
-        return _unit(self.model.encode_image(self.normalize(images).to(self.dtype)))
+        return _unit(self.model.encode_image(self.normalize(images, self.dtype)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> np.ndarray:

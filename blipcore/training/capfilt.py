@@ -166,7 +166,7 @@ class CaptionFilter:
     def _caption_tokens(self, pixels: dict[int, np.ndarray]) -> Tensor:
         network = self.captioner.captioner
         dtype = network.vision_model.post_layernorm.weight.dtype
-        return network.encode_images(self.captioner.normalize(pixels[self.caption_size]).to(self.device, dtype))
+        return network.encode_images(self.captioner.normalize(pixels[self.caption_size], dtype).to(self.device))
 
 
 def load_models(captioner: str, matcher: str, choices: Choices, **options) -> CaptionFilter:

@@ -131,16 +131,19 @@ class OtherNouns:
                     below.setdefault(offset, set()).add(number)
         self.names, near, weights = [], [], []
         for offset, synset in wordnet.synsets.items():
-            if synset.field not in CONCRETE:
+            # no class, a word that people use, and no rarer meaning of it
+            names = [
+                name
+                for name in synset.words
+                if name not in classes.members and _is_plain(name) and wordnet.senses.get(name, [offset])[0] == offset
+            ]
+            if synset.field not in CONCRETE or not names:
                 continue
-            for name in synset.words:
-                if name in classes.members or not _is_plain(name) or wordnet.senses.get(name, [offset])[0] != offset:
-                    continue  # a class, no word that people use, or a rarer meaning of it
-                depth, relatives = self._relatives(offset, wordnet, below)
-                if relatives and len(relatives) <= self.MOST:
-                    self.names.append(name)
-                    near.append(sorted(relatives))
-                    weights.append((6 if name in common else 1) / (1 + depth))
+            depth, relatives = self._relatives(offset, wordnet, below)
+            if relatives and len(relatives) <= self.MOST:
+                self.names += names
+                near += [sorted(relatives)] * len(names)
+                weights += [(6 if name in common else 1) / (1 + depth) for name in names]
         self.nearest = torch.zeros(len(self.names), len(classes.own), dtype=torch.bool)
         for row, columns in enumerate(near):
             self.nearest[row, columns] = True

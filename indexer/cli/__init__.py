@@ -15,6 +15,10 @@ from blipcore.imports import collector_paused
 
 __all__ = ["Stopped", "app", "main"]
 
+# How long a thread of GNU OpenMP, which PyTorch uses on Linux, spins for its next piece of work before it sleeps. Its
+# own 300,000 rounds keep a core from whoever has work: a search beside an indexing job left that a sixth of its speed
+# (docs/benchmarks/side-by-side.md). This is enough from one piece of a forward to the next.
+SPINS = "2000"
 WHOLE = frozenset({"search", "similar", "describe", "ask"})  # what the warm process may answer whole
 
 
@@ -34,7 +38,7 @@ def __getattr__(name: str):
 
 def main() -> None:
     """The entry point."""
-    _quiet_libraries()
+    _set_up_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -72,6 +76,9 @@ def _stop(_number, _frame) -> None:
     raise Stopped
 
 
-def _quiet_libraries() -> None:
+def _set_up_libraries() -> None:
+    """What libraries read from the environment when they are loaded, where the user has not said it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -25,7 +25,7 @@ from tests.tiny import BUNDLED
 
 LARGE, SMALL = (4000, 3000), (500, 375)
 CASES = {  # size, model, photos
-    "blip-base": (LARGE, "blip-base", 24),
+    "blip-base": (LARGE, "blip-base", 64),
     "blip-mini": (LARGE, "blip-mini", 72),
     "small": (SMALL, "blip-mini", 320),
 }

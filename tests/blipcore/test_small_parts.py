@@ -56,6 +56,21 @@ def test_normalising_is_mean_and_deviation():
     torch.testing.assert_close(values[0, :, 0, 0], torch.tensor([1.0, 3.0, 1.0]))
 
 
+def test_normalising_leaves_the_pixels_and_rounds_at_the_end():
+    normalize, drawn = Normalizer(CLIP_MEAN, CLIP_STD), np.random.default_rng(0)
+    pixels = drawn.integers(0, 256, (3, 4, 6, 3), np.uint8)
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (CLIP_MEAN, CLIP_STD))
+    expected = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+    turned = torch.from_numpy(pixels.transpose(0, 2, 1, 3).copy()).transpose(1, 2)  # not laid out in rows
+    for drawn_as in (torch.from_numpy(pixels), torch.from_numpy(pixels).float(), turned):
+        before = drawn_as.clone()
+        found = normalize(drawn_as)
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(drawn_as, before)
+        assert torch.equal(normalize(drawn_as, torch.bfloat16), found.bfloat16())
+    assert normalize(pixels[:0]).shape == (0, 3, 4, 6)
+
+
 @pytest.mark.filterwarnings("error")
 def test_pixels_that_cannot_be_written_to_are_normalised_alike(tmp_path):
     normalize, cached = Normalizer(CLIP_MEAN, CLIP_STD), np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)

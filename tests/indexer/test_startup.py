@@ -51,3 +51,17 @@ def test_an_explanation_loads_no_other_framework(folder, tmp_path):
     modules = loaded(folder, "explain", "1", "red", "--out", str(tmp_path / "maps.png"))
     assert "torch" in modules
     assert modules & {*TRAINING, *LANGUAGE_MODELS, *BY_ACCIDENT} == set()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's OpenMP is GNU's on Linux")
+@pytest.mark.parametrize(
+    ("said", "spins"),
+    [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(said, spins):
+    program = "from indexer.cli import _set_up_libraries as set_up; set_up(); import torch"
+    kept = {name: value for name, value in os.environ.items() if name not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    environment = kept | said | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    told = [line.split("'")[1] for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    assert told and set(told) == {spins}
