@@ -56,7 +56,7 @@ def ask(
     photo: Annotated[str, typer.Argument(help="A photo's id or path; with --over, the question.")],
     question: Annotated[str | None, typer.Argument()] = None,
     over: Annotated[str | None, typer.Option(help="Ask the photos that a search for these words finds.")] = None,
-    top: Annotated[int, typer.Option("--top", "-t", min=1, help="With --over, how many photos.")] = 20,
+    top: Annotated[int | None, typer.Option("--top", "-t", min=1, help="With --over, how many photos: 20.")] = None,
     where: Annotated[str | None, typer.Option(help="With --over, a filter.")] = None,
     answers: Annotated[Path | None, typer.Option(help="A file with one possible answer a line.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what was answered before.")] = False,
@@ -71,6 +71,8 @@ def ask(
     """
     if (over is None) == (question is None):
         raise typer.BadParameter("give a photo and a question, or --over WORDS and a question")
+    if over is None and (top is not None or where is not None):
+        raise typer.BadParameter("--top and --where go with --over WORDS, which asks what a search finds")
     if over is None:
         lines = read_lines(answers) if answers else None
         options = {"photo": photo, "question": question, "answers": lines, "model": model, "cached": not fresh}
@@ -78,7 +80,7 @@ def ask(
         return
     if answers:
         raise typer.BadParameter("--answers is for one photo")
-    options = {"question": photo, "over": over, "top_k": top, "where": where, "model": model, "cached": not fresh}
+    options = {"question": photo, "over": over, "top_k": top or 20, "where": where, "model": model, "cached": not fresh}
     _print_groups(answered(library, "ask_results", options, verbose)["rows"], as_json)
 
 

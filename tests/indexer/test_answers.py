@@ -383,7 +383,13 @@ def test_ask_over_a_search_counts_answers(photoblip, encoder):
     stdout = photoblip("ask", HOW_MANY, "--over", "red", "--top", 2)[1]
     assert "answer" in stdout and stdout.count(".png") == 2 and len(encoder.asked) == 4
     assert photoblip("ask", HOW_MANY, "--over", "red", "--fresh")[0] == 0 and len(encoder.asked) == 8
-    for wrong in (("ask", "1"), ("ask", "1", HOW_MANY, "--over", "red")):
+    one, of_results = ("ask", "1"), ("ask", "1", HOW_MANY)
+    for wrong in (
+        one,
+        (*of_results, "--over", "red"),
+        (*of_results, "--top", 2),
+        (*of_results, "--where", "year:2020"),
+    ):
         code, stdout, stderr = photoblip(*wrong)
         assert (code, stdout) == (2, "") and "--over WORDS" in stderr
 
