@@ -195,59 +195,6 @@ class CaptionNouns:
         return in_sentences([self.names[column] for column in columns], rng), self.said[:, columns]
 
 
-class PhotoNames:
-    """Names for photos, as people search: what captions and a classifier say it shows, and what it shows not.
-
-    Args:
-        related: bool [N, N], which of the captions' N nouns mean nearly the same: what is said of a photo leaves open
-            whether its related nouns could be said too.
-        belief: [I, C], the classifier's probabilities of the photos.
-        others: nouns that neither captions nor classes have.
-    """
-
-    SURE, DOUBTFUL = 0.5, 0.02  # the classifier's probability of a name: from which it is true, and no longer untrue
-    CLASS = 0.3  # how often a photo's sure class is its name, where captions have one too
-
-    def __init__(
-        self, nouns: CaptionNouns, related: Tensor, classes: "ClassNames", belief: Tensor, others: Sequence[str]
-    ):
-        self.nouns, self.classes, self.belief = nouns, classes, belief
-        self.said, self.column = nouns.said, {name: at for at, name in enumerate(nouns.names)}
-        self.near = (nouns.said.float() @ related.float()) > 0
-        self.rarity = 1 / nouns.said.sum(0).numpy() ** 0.5
-        self.others = [name for name in others if name not in self.column and name not in classes.members]
-        self.surest = [int(at) if best > self.SURE else -1 for best, at in zip(*belief.max(1), strict=True)]
-
-    def own(self, row: int, rng: np.random.Generator) -> str:
-        """A name of the photo `row`, rarer ones more often; "picture", which fits all, where nothing is known of it."""
-        said = np.flatnonzero(self.said[row].numpy())
-        surest = self.surest[row]
-        if surest >= 0 and (not len(said) or rng.random() < self.CLASS):
-            return self.classes.draw(np.array([surest]), rng)[0]
-        if not len(said):
-            return "picture"
-        weights = self.rarity[said]
-        return self.nouns.names[rng.choice(said, p=weights / weights.sum())]
-
-    def absent(self, rng: np.random.Generator) -> str:
-        """A name of any class, or of a thing that no class is."""
-        if rng.random() < 0.5:
-            return self.classes.draw(rng.integers(len(self.classes.own), size=1), rng)[0]
-        return self.others[int(rng.integers(len(self.others)))]
-
-    def untrue(self, rows: np.ndarray, names: Sequence[str]) -> Tensor:
-        """bool [B, M]: which of M names can surely not be said of which of the photos `rows`."""
-        found = torch.ones(len(rows), len(names), dtype=torch.bool)
-        for at, name in enumerate(names):
-            if name == "picture":
-                found[:, at] = False
-            if (column := self.column.get(name)) is not None:
-                found[:, at] &= ~(self.near[rows, column] | self.said[rows, column])
-            if (members := self.classes.members.get(name)) is not None:
-                found[:, at] &= self.belief[rows][:, members].sum(1) < self.DOUBTFUL
-        return found
-
-
 def without_camera(caption: str) -> str:
     """A caption without "at the camera": what took a photo is not in it, and "camera" would come to mean people."""
     return re.sub(
@@ -359,11 +306,6 @@ class ClassPrototypes:
         members /= members.sum(1, keepdim=True).sqrt()  # "leopard" says more of a leopard than "wild cat"
         shares = self.classify(class_tokens) @ members.T
         return shares / shares.sum(1, keepdim=True).clamp(min=1e-12)
-
-    def said_of(self, class_tokens: Tensor, names: list[str]) -> Tensor:
-        """The classifier's probability, for each photo by itself, that a name may be said of it: [B, M], 0 to 1."""
-        members = torch.from_numpy(np.stack([self.names.members[name] for name in names])).float()
-        return (self.classify(class_tokens) @ members.T).clamp(0, 1)
 
     def classify(self, class_tokens: Tensor) -> Tensor:
         """The starting classifier's probabilities [B, C] of photos with these original class tokens [B, D]."""

@@ -407,47 +407,6 @@ def test_names_that_people_use_of_other_things_are_dropped(wordnet, monkeypatch)
     assert set(names.members) == {"airliner", "plane", "vehicle", "tench"}
 
 
-@pytest.fixture
-def photo_names(wordnet, monkeypatch):
-    """Five photos: a fish in words, a sure airliner, planes in words and perhaps a tench, "aircraft", and nothing."""
-    monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
-    monkeypatch.setattr(prototypes.CaptionNouns, "MOST", 1.0)
-    nouns = prototypes.CaptionNouns([["a fish"], ["it"], ["two planes"], ["an aircraft"], ["it"]], wordnet)
-    assert nouns.names == ["fish", "planes", "aircraft"]
-    related = torch.eye(3, dtype=torch.bool)
-    related[1, 2] = related[2, 1] = True
-    belief = torch.tensor([[0.0, 0.01], [0.9, 0.0], [0.2, 0.3], [0.0, 0.0], [0.0, 0.0]])
-    classes = ClassNames([["airliner"], ["tench"]], [["vehicle"], []])
-    return prototypes.PhotoNames(nouns, related, classes, belief, ["helicopter", "planes", "tench"])
-
-
-def test_a_photos_names_are_what_captions_and_a_sure_classifier_say(photo_names):
-    rng = np.random.default_rng(0)
-    own = [{photo_names.own(row, rng) for _ in range(40)} for row in range(5)]
-    assert own == [{"fish"}, {"airliner", "vehicle"}, {"planes"}, {"aircraft"}, {"picture"}]
-    # what no class and no caption names is in no photo; a class may be
-    assert {photo_names.absent(rng) for _ in range(200)} == {"helicopter", "airliner", "vehicle", "tench"}
-
-
-def test_what_could_be_said_of_a_photo_is_not_untrue(photo_names):
-    rows = np.array([0, 1, 2, 3])
-    names = ["fish", "planes", "vehicle", "tench", "helicopter", "picture"]
-    assert photo_names.untrue(rows, names).tolist() == [
-        [False, True, True, True, True, False],  # the captions say fish; 0.01 of a tench is none
-        [True, True, False, True, True, False],  # the classifier sees an airliner, a vehicle
-        [True, False, False, False, True, False],  # planes by the captions, either class by the classifier
-        [True, False, True, True, True, False],  # an aircraft may well be called a plane
-    ]
-
-
-def test_the_matching_stage_learns_names(captioned, tmp_path, tiny_preset, tiny_wordnet):
-    run = blip_mini.Run(settings(captioned, tmp_path / "out", stage="matching", named=1.0, **tiny_wordnet))
-    run.model.train()
-    losses = run.step(next(run.batches()))
-    assert {"named", "named_listwise", "named_accuracy"} <= losses.keys()
-    assert all(torch.isfinite(losses[name]) for name in losses)
-
-
 def test_what_is_behind_the_camera_is_not_said_of_a_photo(wordnet, monkeypatch):
     monkeypatch.setattr(prototypes.CaptionNouns, "FEWEST", 1)
     monkeypatch.setattr(wordnet, "is_noun", lambda word: word in {"camera", "man"})

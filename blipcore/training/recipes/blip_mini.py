@@ -13,8 +13,7 @@
   captions say nearly the same is less wrong.
 - Class prototypes (training/prototypes.py) and what the starting classifier believes of the photos teach a thousand
   classes that no caption names; WordNet's other nouns are told apart from them; captions' nouns are learnt as queries.
-- ITM learns from the decoder, which ranks better than it (`distill`), and names of one or two words as well as captions
-  (`named`): people search by them, and no caption is so short.
+- ITM learns from the decoder, which ranks better than it (`distill`).
 """
 
 import json
@@ -36,15 +35,7 @@ from blipcore.models.text import image_keys_values, text_states
 from blipcore.training.datasets import FrozenPrefixCache
 from blipcore.training.loop import AveragedWeights, cosine_with_warmup, parameter_groups
 from blipcore.training.objectives import caption_labels, contrastive_loss, cosines, soft_targets
-from blipcore.training.prototypes import (
-    CaptionNouns,
-    ClassNames,
-    ClassPrototypes,
-    OtherNouns,
-    PhotoNames,
-    in_sentences,
-    without_camera,
-)
+from blipcore.training.prototypes import CaptionNouns, ClassNames, ClassPrototypes, OtherNouns, without_camera
 from blipcore.training.run_log import RunLog
 from blipcore.training.settings import as_script, run_recipe_cli
 from blipcore.training.starts import load_text_start, load_vision_start, resize_positions
@@ -52,7 +43,6 @@ from blipcore.training.wordnet import WordNet
 from blipcore.transforms import Normalizer, TextTokenizer, squash
 
 MASK_TOKEN = 103
-RELATED = 0.67  # the sentence encoder's cosine of two nouns from which a photo of one may be called by the other
 NAMING_WEIGHTS = {"belief": 0.3, "nouns": 0.3, "tags": 0.2, "others": 0.15}  # beside ITC's 1
 
 
@@ -92,7 +82,6 @@ class Settings:
     twin: float = 0.75  # teacher's cosine from which a text is no negative for a photo
     listwise: float = 0.5  # weight of ITM's softmax over an image's texts and a text's images
     distill: float = 0.0  # weight of ITM's softmax over a text's images against the LM's likelihoods of the text there
-    named: float = 0.0  # weight of ITM's losses on names
     max_length: int = 20  # tokens of a training caption; longer ones are not drawn
     prior: float = 20.0  # weight of ITC's cosine beside ITM's margin in that softmax
     prototypes: int = 48
@@ -258,7 +247,7 @@ class Run:
         self.dev = load_captioned(*_folder_and_split(s.dev))
         self.cache = FrozenPrefixCache(s.out / "cache", self.corpus.photos, s.views, s.frozen_blocks)
         self.cache.build(fresh.eval(), self.normalize)
-        self._learn_classes(classifier, fresh)
+        self._learn_classes(classifier)
         self.model = started(fresh, s.start)
         self.frozen = s.frozen_blocks
         if s.stage != "joint":
@@ -277,7 +266,7 @@ class Run:
         self.log = RunLog(s.out / "log.jsonl")
         self.number = 0
 
-    def _learn_classes(self, classifier: tuple[Tensor, Tensor], teacher: Blip) -> None:
+    def _learn_classes(self, classifier: tuple[Tensor, Tensor]) -> None:
         """The prototypes, and for each photo the class that the starting classifier is sure of, or -1."""
         wordnet = WordNet(self.settings.wordnet) if self.settings.wordnet else None
         names = ClassNames.of_imagenet(wordnet)
@@ -291,9 +280,6 @@ class Run:
             self.caption_nouns = CaptionNouns(self.corpus.photos.captions, wordnet)
             names.drop_other_meanings(self.caption_nouns, belief)
             self.other_nouns = OtherNouns(names, wordnet, self.tokenizer.words())
-            meant = embed_sentences(teacher, self.tokenizer, self.caption_nouns.names)
-            related = meant @ meant.T > RELATED
-            self.photo_names = PhotoNames(self.caption_nouns, related, names, belief, self.other_nouns.names)
         sure, named = belief.max(1)
         self.named = torch.where(sure > 0.5, named, -1).numpy()
 
@@ -320,11 +306,8 @@ class Run:
             "drift": s.drift_weight,
             "listwise": s.listwise,
             "distill": s.distill,
-            "named": s.named,
-            "named_listwise": s.named * s.listwise,
             "misalignment": s.alignment_weight,
             "itm_accuracy": 0.0,
-            "named_accuracy": 0.0,
         }
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         self.optimizer.zero_grad(set_to_none=True)
@@ -397,16 +380,12 @@ class Run:
         believed = rng.choice(len(photos), s.prototypes, replace=False)
         belief = self.prototypes.belief(self.original[believed, views[believed]], names)
 
-        def choose(rows: Tensor, columns: Tensor, fits: Tensor, unknown: Tensor | None = None) -> Tensor:
-            logits = cosines(rows, columns) / model.temp
-            logits = logits if unknown is None else logits.masked_fill(unknown, -1e4)
-            return F.cross_entropy(logits, soft_targets(fits, None, 0))
+        def choose(rows: Tensor, columns: Tensor, fits: Tensor) -> Tensor:
+            return F.cross_entropy(cosines(rows, columns) / model.temp, soft_targets(fits, None, 0))
 
         wrong = torch.zeros(len(same), len(others), dtype=torch.bool)
         described = said[rows].any(1)
         unsaid = torch.zeros(int(described.sum()), len(others), dtype=torch.bool)
-        told = rows[described.numpy()]
-        believable = ~self.photo_names.untrue(told, names)
         losses["prototype"] = (
             choose(drawn, torch.cat([named, others]), torch.cat([same, wrong], 1)) + choose(named, drawn, same.T)
         ) / 2
@@ -416,10 +395,7 @@ class Run:
         )
         losses["nouns"] = choose(nouns, photos, said.T)
         losses["tags"] = choose(
-            photos[told],
-            torch.cat([nouns, others, named]),
-            torch.cat([said[told], unsaid, torch.zeros_like(believable)], 1),
-            torch.cat([torch.zeros_like(said[told]), unsaid, believable], 1),
+            photos[rows][described], torch.cat([nouns, others]), torch.cat([said[rows][described], unsaid], 1)
         )
         losses["others"] = choose(others, points, nearest)
         return losses
@@ -431,7 +407,11 @@ class Run:
         keys_values = image_keys_values(model.text_encoder, tokens[:n])
         columns = torch.from_numpy(pairings(n, s.group, s.texts_per_image, self.rng))
         texts = columns.ravel()
-        margins = self._margins(ids[texts], mask[texts], keys_values).view(columns.shape)
+        states = text_states(
+            model.text_encoder, starting_with(model.enc_token_id, ids)[texts], mask[texts], keys_values, drop=self.drop
+        )
+        logits = model.itm_head(states[:, 0]).float()
+        margins = (logits[:, 1] - logits[:, 0]).view(columns.shape)
         described = self.corpus.embedded[captions[:n]] @ self.corpus.centre[rows[:n]].T  # [text, image]
         counted = described.T.gather(1, columns) < s.twin
         counted[:, 0] = True
@@ -443,8 +423,6 @@ class Run:
         if s.distill:
             likelihood = self._likelihood(ids[texts], mask[texts], keys_values).view(columns.shape)
             found["distill"] = ranking_distillation(margins, likelihood, columns, counted)
-        if s.named:
-            found |= self._match_names(rows[:n], tokens[:n], keys_values)
         states = text_states(
             model.text_decoder.bert,
             starting_with(model.dec_token_id, ids[:n]),
@@ -456,31 +434,6 @@ class Run:
         words = model.text_decoder.cls(states[:, :-1][predicted]).float()
         lm = F.cross_entropy(words, labels[predicted], label_smoothing=0.1)
         return {"itm": itm, "listwise": listwise, **found, "lm": lm, "itm_accuracy": accuracy}
-
-    def _match_names(self, rows: np.ndarray, tokens: Tensor, keys_values: list) -> dict[str, Tensor]:
-        """ITM on names: each image with its own, a look-alike's, another image's, and one of anything."""
-        s, model, n = self.settings, self.model, len(rows)
-        names = [self.photo_names.own(row, self.rng) for row in rows]
-        names += [self.photo_names.absent(self.rng) for _ in rows]
-        ids, mask = self.tokenizer(in_sentences(names, self.rng))
-        shown, place = pairings(n, s.group, 3, self.rng), np.arange(n)[:, None]
-        texts = torch.from_numpy(np.concatenate([shown, n + place], 1))
-        margins = self._margins(ids[texts.ravel()], mask[texts.ravel()], keys_values).view(texts.shape)
-        with torch.no_grad():
-            cosine = cosines(model.project_images(tokens), self._text_feats(ids, mask))
-        counted = self.photo_names.untrue(rows, names).gather(1, texts)
-        counted[:, 0] = True
-        columns = torch.from_numpy(np.concatenate([shown, place], 1))
-        binary, listwise, accuracy = matching_losses(margins, columns, counted, s.prior * cosine.gather(1, texts))
-        return {"named": binary, "named_listwise": listwise, "named_accuracy": accuracy}
-
-    def _margins(self, ids: Tensor, mask: Tensor, keys_values: list) -> Tensor:
-        """ITM's margins of texts [B * M, T], the image of each M in turn. -> float32 [B * M]."""
-        model = self.model
-        ids = starting_with(model.enc_token_id, ids)
-        states = text_states(model.text_encoder, ids, mask, keys_values, drop=self.drop)
-        logits = model.itm_head(states[:, 0]).float()
-        return logits[:, 1] - logits[:, 0]
 
     @torch.no_grad()
     def _likelihood(self, ids: Tensor, mask: Tensor, keys_values: list) -> Tensor:
