@@ -183,7 +183,8 @@ def rerank_both_ways(
     of_text, of_image = (np.zeros(pool.cosines.shape, bool) for _ in range(2))
     np.put_along_axis(of_text, best_columns(pool.cosines, k), True, axis=1)
     np.put_along_axis(of_image.T, best_columns(pool.cosines.T, k), True, axis=1)
-    texts, images = np.nonzero(of_text | of_image)  # a pair that both directions ask for is read once
+    # a pair that both directions ask for is read once, and an image's pairs together: its keys and values are shared
+    images, texts = np.nonzero((of_text | of_image).T)
     fused = pool.cosines.astype(np.float64)
     fused[texts, images] = _score_pairs(encoder, pool, np.stack([images, texts], 1), fuse, progress)
     behind = pool.cosines.astype(np.float64) + UNRANKED  # float32 would lose the cosines' order
