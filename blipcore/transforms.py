@@ -69,7 +69,7 @@ class Normalizer:
     def __call__(self, pixels: np.ndarray | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rounded to `dtype` at the end. In memory the channels stay together, as they came."""
         if isinstance(pixels, np.ndarray) and not pixels.flags.writeable:  # of a memory-mapped cache, say
-            pixels = pixels.astype(np.float32)  # the copy that is made below anyway: PyTorch warns of such an array
+            pixels = pixels.copy()  # PyTorch warns of such an array
         pixels = torch.as_tensor(pixels)
         rows = pixels.flatten(2)  # three channels are no vector for a processor; a row of pixels is
         scale, shift = (each.to(pixels.device).repeat(pixels.shape[2]) for each in (self.scale, self.shift))

@@ -131,13 +131,15 @@ class OtherNouns:
                     below.setdefault(offset, set()).add(number)
         self.names, near, weights = [], [], []
         for offset, synset in wordnet.synsets.items():
+            if synset.field not in CONCRETE:
+                continue
             # no class, a word that people use, and no rarer meaning of it
             names = [
                 name
                 for name in synset.words
                 if name not in classes.members and _is_plain(name) and wordnet.senses.get(name, [offset])[0] == offset
             ]
-            if synset.field not in CONCRETE or not names:
+            if not names:
                 continue
             depth, relatives = self._relatives(offset, wordnet, below)
             if relatives and len(relatives) <= self.MOST:

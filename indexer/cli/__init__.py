@@ -16,7 +16,7 @@ from blipcore.imports import collector_paused
 __all__ = ["Stopped", "app", "main"]
 
 # How long a thread of GNU OpenMP, which PyTorch uses on Linux, spins for its next piece of work before it sleeps. Its
-# own 300,000 rounds keep a core from whoever has work: a search beside an indexing job left that a sixth of its speed
+# own 300,000 rounds keep a core from whoever has work: a search beside an indexing job left that a third of its speed
 # (docs/benchmarks/side-by-side.md). This is enough from one piece of a forward to the next.
 SPINS = "2000"
 WHOLE = frozenset({"search", "similar", "describe", "ask"})  # what the warm process may answer whole

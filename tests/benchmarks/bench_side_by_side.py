@@ -48,7 +48,7 @@ def embedding(_: Path, seconds: float) -> float:
     """-> photos a second through the vision tower, an indexing job's heaviest part."""
     from blipcore import load
 
-    encoder, pixels = load("blip-mini"), None
+    encoder = load("blip-mini")
     pixels = np.zeros((BATCH, encoder.input_size, encoder.input_size, 3), np.uint8)
     encoder.image_tokens(pixels)
     done, started = 0, time.perf_counter()
