@@ -5,9 +5,8 @@ BlipForImageTextRetrieval, BlipForConditionalGeneration or BlipForQuestionAnswer
 named retrieval, captioning and vqa, as `photoblip models download` lays them out.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
+from blipcore.hub import EXTRAS, fingerprint
 from blipcore.models.blip import Blip
 from blipcore.models.config import BlipConfig
 from blipcore.models.nlvr import MAX_TOKENS, BlipNlvr
@@ -31,7 +31,6 @@ from blipcore.transforms import Normalizer, TextTokenizer
 if TYPE_CHECKING:
     from blipcore.models.blip2 import Blip2
 
-EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's own files
 NLVR = "BlipForNlvr"  # our own name: transformers has no such class
 BLIP2 = "Blip2ForImageTextRetrieval"
 HEADS = ("vision_proj", "text_proj", "vision_projection", "text_projection", "itm_head", "temp")
@@ -227,24 +226,6 @@ def read_weights(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, 
         key: value.to(torch.float32 if in_float32(key) else dtype) if value.is_floating_point() else value
         for key, value in state.items()
     }
-
-
-def fingerprint(folders: list[Path]) -> str:
-    """What tells two models apart: `files_fingerprint` of their weights."""
-    return files_fingerprint(file for folder in folders for file in folder.glob("*.safetensors"))
-
-
-def files_fingerprint(files: Iterable[Path]) -> str:
-    """A hash of files' sizes, first and last MiB."""
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with file.open("rb") as data:
-            digest.update(data.read(1 << 20))
-            data.seek(max(0, size - (1 << 20)))
-            digest.update(data.read())
-    return digest.hexdigest()[:16]
 
 
 def save(

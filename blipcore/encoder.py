@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from blipcore.calibration import Scoring, shortness
-from blipcore.checkpoint import LoadedModel, fingerprint, in_float32, is_head, load_folder
+from blipcore.checkpoint import LoadedModel, in_float32, is_head, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
-from blipcore.hub import canonical_name, find_model, holds_vlm, models_folder
+from blipcore.hub import canonical_name, find_model, fingerprint, holds_vlm, models_folder
 from blipcore.matcher import log_likelihoods, match_logits, match_pairs
 from blipcore.models.blip import Blip
 from blipcore.models.packed import bfloat16_pays, pack_linears

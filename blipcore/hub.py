@@ -3,11 +3,12 @@
 Sizes and licences are those of the hub's cards; a download says them before it starts.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from blipcore import open_clip_names
 from blipcore.errors import ModelError
 
 NEEDED = ("config.json", "tokenizer.json")
+EXTRAS = "photoblip.json"  # scoring and the caption prompt, beside the hub's own files
 BUNDLED = Path(__file__).parent / "bundled"
 FINETUNED = "finetuned.json"  # what a model was fine-tuned from and how well, in its folder
 
@@ -232,6 +234,24 @@ def _kind(folder: Path) -> frozenset[str]:
         return frozenset([*(values.get("architectures") or ()), values.get("system")]) - {None}
     except (OSError, ValueError, TypeError, AttributeError):  # what is wrong with it is said where it is loaded
         return frozenset()
+
+
+def fingerprint(folders: list[Path]) -> str:
+    """What tells two models apart: `files_fingerprint` of their weights."""
+    return files_fingerprint(file for folder in folders for file in folder.glob("*.safetensors"))
+
+
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """A hash of files' sizes, first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 20))
+            data.seek(max(0, size - (1 << 20)))
+            digest.update(data.read())
+    return digest.hexdigest()[:16]
 
 
 def models_here(own: Path) -> dict[str, Path]:

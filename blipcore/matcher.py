@@ -5,7 +5,6 @@ meets many photos reads their tokens with its projections absorbed, a photo that
 values projected once for all of them (models/text.py). Both are exact; which costs less follows from the shapes.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from blipcore.models.blip import Blip, starting_with
 from blipcore.models.text import causal_states, first_states, image_keys_values, text_states
+from blipcore.pairs import by_image, by_text
 from blipcore.patches import Patches
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ def match_logits(
     logits = np.empty((len(pairs), 2), np.float32)
     if not isinstance(model, Blip):
         # its queries read the text before they read the image, so each pair runs the whole Q-Former
-        parts, read = _by_text(pairs, lengths, chunk), _read_blip2
+        parts, read = by_text(pairs, lengths, chunk), _read_blip2
     else:
         ids = starting_with(model.enc_token_id, ids)
         if patches.sizes is None and _pays_by_image(model, patches.features, lengths[pairs[:, 1]], pairs):
-            parts, read = _by_image(pairs, lengths, chunk), _read_image
+            parts, read = by_image(pairs, lengths, chunk), _read_image
         else:
-            parts, read = _by_text(pairs, lengths, chunk), _read_images
+            parts, read = by_text(pairs, lengths, chunk), _read_images
     for rows in parts:
         length = int(lengths[pairs[rows, 1]].max())
         logits[rows] = read(model, patches, ids[:, :length], mask[:, :length], pairs[rows]).float().cpu().numpy()
@@ -83,7 +83,7 @@ def log_likelihoods(
     patches = images if isinstance(images, Patches) else Patches(images)
     lengths, found = mask.sum(1).cpu().numpy(), np.empty(len(pairs), np.float32)
     decoder, starts = model.text_decoder, starting_with(model.dec_token_id, ids)
-    for rows in _by_text(pairs, lengths, chunk or (GPU_CHUNK if ids.is_cuda else CHUNK)):
+    for rows in by_text(pairs, lengths, chunk or (GPU_CHUNK if ids.is_cuda else CHUNK)):
         texts = torch.from_numpy(pairs[rows, 1]).to(ids.device)
         texts = texts[:1] if (pairs[rows, 1] == pairs[rows[0], 1]).all() else texts
         length = int(lengths[pairs[rows[0], 1]])
@@ -127,22 +127,3 @@ def _pays_by_image(model: Blip, features: Tensor, lengths: np.ndarray, pairs: np
     projected = tokens * width * hidden / max(texts, 1) + length * tokens * hidden
     absorbed = length * heads * tokens * width + length * hidden * width
     return projected < absorbed
-
-
-def _by_text(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """Rows of pairs in chunks whose texts are equally long, the same texts together."""
-    order = np.lexsort((pairs[:, 1], lengths[pairs[:, 1]]))
-    yield from _chunks(order, lengths[pairs[order, 1]], chunk)
-
-
-def _by_image(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """Rows of pairs in chunks of one image, sorted by length so that padding is short."""
-    order = np.lexsort((lengths[pairs[:, 1]], pairs[:, 0]))
-    yield from _chunks(order, pairs[order, 0], chunk)
-
-
-def _chunks(order: np.ndarray, keys: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """Runs of equal keys, at most `chunk` rows each."""
-    for rows in np.split(order, np.flatnonzero(np.diff(keys)) + 1):
-        for start in range(0, len(rows), chunk):
-            yield rows[start : start + chunk]

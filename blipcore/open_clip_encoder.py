@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from blipcore.calibration import Scoring
-from blipcore.checkpoint import files_fingerprint
 from blipcore.errors import ModelError
+from blipcore.hub import files_fingerprint
 from blipcore.open_clip_names import CONFIG, TEXT_CONFIG, weights_file
 from blipcore.transforms import opened, squash
 

@@ -1,19 +1,22 @@
 """Pixels and words in, tensors out: exactly what BLIP feeds its towers.
 
-salesforce/BLIP `data/utils.py` (pre_caption) and `data/__init__.py` (the transforms).
+salesforce/BLIP `data/utils.py` (pre_caption) and `data/__init__.py` (the transforms). PyTorch is imported where tensors
+are made: a cold search does without it.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_WORDS = 50
 IGNORE = -100  # a label that is not learnt: PyTorch's own number for it
@@ -56,8 +59,8 @@ class Normalizer:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = tuple(mean), tuple(std)
-        self.scale = 255.0 * torch.tensor(std)
-        self.shift = torch.tensor(mean) * 255.0 / self.scale
+        self.scale = np.float32(255) * np.array(std, np.float32)
+        self.shift = np.array(mean, np.float32) * np.float32(255) / self.scale
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Normalizer":
@@ -66,19 +69,26 @@ class Normalizer:
         values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         return cls(values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD))
 
-    def __call__(self, pixels: np.ndarray | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rounded to `dtype` at the end. In memory the channels stay together, as they came."""
+    def __call__(self, pixels: "np.ndarray | Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":
+        """Rounded to `dtype` (float32) at the end. In memory the channels stay together, as they came."""
+        import torch
+
         if isinstance(pixels, np.ndarray) and not pixels.flags.writeable:  # of a memory-mapped cache, say
             pixels = pixels.copy()  # PyTorch warns of such an array
         pixels = torch.as_tensor(pixels)
         rows = pixels.flatten(2)  # three channels are no vector for a processor; a row of pixels is
-        scale, shift = (each.to(pixels.device).repeat(pixels.shape[2]) for each in (self.scale, self.shift))
-        normalized = torch.empty_like(rows, dtype=dtype)
+        per_row = (torch.from_numpy(np.tile(each, pixels.shape[2])) for each in (self.scale, self.shift))
+        scale, shift = (each.to(pixels.device) for each in per_row)
+        normalized = torch.empty_like(rows, dtype=dtype or torch.float32)
         at_once = 1 if pixels.device.type == "cpu" else len(rows)  # one picture stays in a core's cache
         for start in range(0, len(rows), at_once):
             part = slice(start, start + at_once)
             normalized[part] = rows[part].to(torch.float32, copy=True).div_(scale).sub_(shift)
         return normalized.view(pixels.shape).permute(0, 3, 1, 2)
+
+    def arrays(self, pixels: np.ndarray) -> np.ndarray:
+        """As `__call__`, but float32 [B, S, S, 3] for what runs in NumPy."""
+        return pixels.astype(np.float32) / self.scale - self.shift
 
 
 class WordPieces(NamedTuple):
@@ -102,11 +112,19 @@ class TextTokenizer:
         self._tokenizer.enable_truncation(max_length)
         self._tokenizer.enable_padding(pad_id=self._tokenizer.token_to_id("[PAD]"))
 
-    def __call__(self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption) -> tuple[Tensor, Tensor]:
+    def __call__(self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption) -> "tuple[Tensor, Tensor]":
+        import torch
+
+        ids, mask = self.arrays(texts, clean)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def arrays(
+        self, texts: Sequence[str], clean: Callable[[str], str] = clean_caption
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `__call__`, int64 arrays for what runs in NumPy."""
         encodings = self._tokenizer.encode_batch([clean(text) for text in texts])
-        ids = torch.tensor([encoding.ids for encoding in encodings])
-        mask = torch.tensor([encoding.attention_mask for encoding in encodings])
-        return ids, mask
+        rows = [(encoding.ids, encoding.attention_mask) for encoding in encodings]
+        return tuple(np.array([row[part] for row in rows], np.int64) for part in (0, 1))
 
     def word_pieces(self, text: str, clean: Callable[[str], str] = clean_caption) -> list[WordPieces]:
         """The words of a text as the model reads them; what truncation cuts off is left out."""

@@ -49,11 +49,11 @@ class PhotoLibrary:
     Open with `PhotoLibrary.open`; usable from several threads; close it, or use it as a context manager.
     """
 
-    def __init__(self, folder: Path, catalog: Catalog, model: str | None = None, load_encoder: Callable | None = None):
+    def __init__(self, folder: Path, catalog: Catalog, model: str | None, load_encoder: Callable):
         self.paths = LibraryPaths(folder)
         self.catalog = catalog
         self._wanted_model = model
-        self._load_encoder = load_encoder or _load_encoder
+        self._load_encoder = load_encoder
         self._encoders: dict[str, object] = {}
         self._searcher = None
         self._patches: PatchStore | None = None
@@ -67,6 +67,7 @@ class PhotoLibrary:
         create: bool = True,
         model: str | None = None,
         load_encoder=None,
+        cold: bool = False,
     ) -> "PhotoLibrary":
         """Open a library; makes one where there is none, unless `create` is False.
 
@@ -74,6 +75,8 @@ class PhotoLibrary:
             folder: default `PHOTOBLIP_LIBRARY` or the platform's data directory.
             model: what a NEW library is indexed with: a known name or a model folder (default blip-mini).
             load_encoder: name -> encoder, for programs and tests that bring their own.
+            cold: for one search, after which the process ends: PyTorch, which takes seconds to import and is faster
+                from then on, is left out where nothing needs it.
 
         Raises:
             LibraryError: no library there (with create=False), or its catalog cannot be read.
@@ -88,7 +91,7 @@ class PhotoLibrary:
             raise LibraryError(
                 f"{folder} cannot hold a library ({error.strerror}): choose another --library"
             ) from error
-        return cls(paths.folder, Catalog(paths.catalog), model, load_encoder)
+        return cls(paths.folder, Catalog(paths.catalog), model, load_encoder or partial(_load_encoder, cold=cold))
 
     def close(self) -> None:
         """Let go of all files; what is asked next opens them again."""
@@ -1028,8 +1031,11 @@ def _has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _load_encoder(name: str):
+def _load_encoder(name: str, *, cold: bool):
     with collector_paused():
-        from blipcore.encoder import load_encoder
+        if cold:
+            from blipcore.cold_encoder import load_cold_encoder as load
+        else:
+            from blipcore.encoder import load_encoder as load
 
-    return load_encoder(name)
+    return load(name)

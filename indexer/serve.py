@@ -120,7 +120,7 @@ def answer(library: Path | None, command: str, options: dict, note: Callable[[st
         note(str(why))
     from indexer import PhotoLibrary
 
-    with PhotoLibrary.open(library, create=False) as photos:
+    with PhotoLibrary.open(library, create=False, cold=True) as photos:
         answered = COMMANDS[command](photos, **options)
     if mode == "auto" and not running:
         start_detached(folder)

@@ -69,7 +69,7 @@ def photoblip(asked_library, encoder, tmp_path, monkeypatch, capsys):
     """Runs the command over the library. -> (exit status, stdout, stderr)."""
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(asked_library.paths.folder))
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: encoder)
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: encoder)
     monkeypatch.setattr(serve, "runtime_folder", lambda: tmp_path / "run")
     monkeypatch.setattr("signal.signal", lambda *_: None)
 

@@ -24,7 +24,7 @@ def photoblip(tmp_path, monkeypatch, capsys):
     """Runs the command in this process, with the fake encoder. -> (exit status, stdout, stderr)."""
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(tmp_path / "library"))
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: ColourEncoder())
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: ColourEncoder())
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["photoblip", *map(str, arguments)])

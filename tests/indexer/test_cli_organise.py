@@ -20,7 +20,7 @@ def photoblip(library, monkeypatch):
     """Runs a command on the library of four photos. -> (exit status, stdout, stderr)."""
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(library.paths.folder))
     monkeypatch.setenv("PHOTOBLIP_SERVE", "never")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: ColourEncoder())
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: ColourEncoder())
     monkeypatch.setattr(tagging, "all_things", lambda: ("red wall", "green meadow", "red fox"))
 
     def run(*arguments):

@@ -17,7 +17,7 @@ def photoblip(library, monkeypatch):
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(library.paths.folder))
     monkeypatch.setenv("PHOTOBLIP_SERVE", "never")
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: ColourEncoder())
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: ColourEncoder())
 
     def run(*arguments):
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])

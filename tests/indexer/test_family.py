@@ -55,7 +55,7 @@ def speaking(tmp_path, photos, monkeypatch, brief):
         library = PhotoLibrary.open(tmp_path / "library", load_encoder=load)
         library.index(photos, workers=0)
         opened.append(library)
-        monkeypatch.setattr("indexer.library._load_encoder", load)
+        monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: load(name))
         return library, str(tmp_path / name)
 
     yield open_with

@@ -179,7 +179,7 @@ def test_a_line_that_cannot_be_used_is_named(library, queries, tmp_path):
 
 
 def test_models_from_the_command_line(photoblip, photos, queries, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("indexer.library._load_encoder", load)
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: load(name))
     photoblip("index", photos, "--jobs", 0)
     code, stdout, _ = photoblip("models", "list", "--json")
     (active,) = (row for row in rows(stdout) if row["active"])

@@ -169,7 +169,7 @@ def test_the_command_warns_on_stderr(photos, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(tmp_path / "library"))
     monkeypatch.setenv("PHOTOBLIP_SERVE", "never")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: Reader())
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: Reader())
     assert run(["index", str(photos), "--jobs", "0"]) == 0
     capsys.readouterr()
     assert run(["search", "красный", "--json"]) == 0

@@ -82,7 +82,7 @@ def photoblip(library, place, monkeypatch, capsys):
     """Runs the command over the test's library. `opened` are the libraries that the command opened by itself."""
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(library.paths.folder))
     monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: ColourEncoder())
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: ColourEncoder())
     monkeypatch.setattr("signal.signal", lambda *_: None)
     opened, original = [], PhotoLibrary.open.__func__
 

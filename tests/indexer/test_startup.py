@@ -35,10 +35,14 @@ def loaded(folder, *arguments) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def test_a_search_loads_pytorch_and_no_other_framework(folder):
-    modules = loaded(folder, "search", "red", "--json")
-    assert "torch" in modules
-    assert modules & {*TRAINING, *LANGUAGE_MODELS, *BY_ACCIDENT, *INDEXING} == set()
+@pytest.mark.parametrize(
+    "arguments",
+    [("search", "red"), ("search", "red", "--without", "blue"), ("search", "--image", "{photo}"), ("similar", "1")],
+)
+def test_a_search_loads_no_framework(folder, arguments):
+    arguments = [each.format(photo=folder.parent / "photos" / "red.png") for each in arguments]
+    modules = loaded(folder, *arguments, "--json")
+    assert modules & {"torch", *TRAINING, *LANGUAGE_MODELS, *BY_ACCIDENT, *INDEXING} == set()
 
 
 def test_status_loads_neither_models_nor_what_indexing_and_queries_need(folder):
