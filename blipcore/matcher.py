@@ -19,7 +19,7 @@ from blipcore.patches import Patches
 if TYPE_CHECKING:
     from blipcore.models.blip2 import Blip2  # on transformers, which takes seconds to import
 
-CHUNK = 32  # pairs: larger chunks fall out of a core's cache
+CHUNK = 50  # pairs: much larger chunks fall out of a core's cache
 GPU_CHUNK = 512
 
 
@@ -89,9 +89,12 @@ def log_likelihoods(
         length = int(lengths[pairs[rows[0], 1]])
         chosen = patches.take(pairs[rows, 0], ids.device, decoder.dtype)
         states = causal_states(decoder.bert, starts[texts, :length], chosen.features, chosen.sizes)
-        logits = decoder.cls(states).float()
-        own = logits.gather(-1, ids[texts, 1:length].expand(len(rows), -1)[..., None])[..., 0]
-        found[rows] = (own - logits.logsumexp(-1)).sum(1).cpu().numpy()
+        logits = decoder.cls(states)
+        own = logits.gather(-1, ids[texts, 1:length].expand(len(rows), -1)[..., None])[..., 0].float()
+        # on a CPU one by one: fresh memory for the float32 logits of all takes longer than the arithmetic
+        parts = logits.split(len(logits) if ids.is_cuda else 1)
+        total = torch.cat([part.float().logsumexp(-1) for part in parts])
+        found[rows] = (own - total).sum(1).cpu().numpy()
     return found
 
 

@@ -18,7 +18,7 @@ def by_image(pairs: np.ndarray, lengths: np.ndarray, chunk: int) -> Iterator[np.
 
 
 def _chunks(order: np.ndarray, keys: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
-    """Runs of equal keys, at most `chunk` rows each."""
+    """Runs of equal keys, at most `chunk` rows each, those of a run of about one size: a few take as long as some."""
     for rows in np.split(order, np.flatnonzero(np.diff(keys)) + 1):
-        for start in range(0, len(rows), chunk):
-            yield rows[start : start + chunk]
+        if len(rows):
+            yield from np.array_split(rows, -(-len(rows) // chunk))

@@ -15,7 +15,7 @@ from indexer.errors import UnreadablePhoto
 from indexer.patch_store import PatchStore, patch_key
 from indexer.schema import Photo
 
-CHUNK = 64  # candidates between two looks at the clock
+CHUNK = 50  # candidates between two looks at the clock
 FRESH_CHUNK = 16  # of them at most are photos that must be decoded first
 CACHE_BYTES = 256 << 20  # records kept in memory: 62 kB a photo with blip-mini
 
