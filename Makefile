@@ -10,6 +10,9 @@ STAMP := $(VENV)/.installed
 UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_TIMEOUT
 
+# tests and benchmarks start hundreds of programs, each of which would compile anew all that it imports
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: demo test bench lint ui clean help
 

@@ -6,6 +6,7 @@ Everything here takes and gives numpy arrays and plain Python; torch stays behin
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +20,7 @@ from blipcore.checkpoint import LoadedModel, in_float32, is_head, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
 from blipcore.hub import canonical_name, find_model, fingerprint, holds_vlm, models_folder
+from blipcore.lanes import Lanes, lanes
 from blipcore.matcher import log_likelihoods, match_logits, match_pairs
 from blipcore.models.blip import Blip
 from blipcore.models.packed import bfloat16_pays, pack_linears
@@ -76,6 +78,10 @@ class BlipEncoder:
         for network in networks.values():
             _to_precision(network, self._dtype, self.device)
             pack_linears(network)
+
+    def lanes(self) -> AbstractContextManager[Lanes]:
+        """Threads to call this from, for many batches: see `blipcore.lanes`."""
+        return lanes(self.device)
 
     # -- vectors --------------------------------------------------------------------------------------------
 

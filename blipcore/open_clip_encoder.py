@@ -57,6 +57,10 @@ class OpenClipEncoder:
         """The pixels themselves: two models will read them, each in its own way, when it is asked."""
         return pixels
 
+    def lanes(self):
+        """As BlipEncoder.lanes."""
+        return self.matcher.lanes()
+
     def embed_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """What `image_tokens` gave -> unit vectors float32 [B, E]."""
         return self._towers.embed_pixels(tokens)

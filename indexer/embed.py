@@ -1,9 +1,10 @@
 """Photos -> batches -> vectors: the stage between decoding and the catalog. And what each stage costs."""
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from indexer.errors import UnreadablePhoto
 from indexer.images import DecodedPhoto
 
 BATCH_SIZE = 32
+GROUPS_AHEAD = 1  # that are embedded while the next one is decoded
+SMALLEST_PART = 4  # photos that are worth a lane
 
 
 @dataclass
@@ -36,10 +39,12 @@ class StageTimes:
     """Where a run's time went: seconds of work a stage. The stages overlap, so they add up to more than the run.
 
     Attributes:
-        decode: the workers' own time together. wait: how long the model had nothing to do.
+        workers, lanes: how many decode, and how many embed, at once.
+        decode, embed: their time, of all of them together. wait: how long no lane had anything to do.
     """
 
     workers: int = 1
+    lanes: int = 1
     photos: int = 0
     decode: float = 0.0
     wait: float = 0.0
@@ -49,15 +54,15 @@ class StageTimes:
 
     def rows(self) -> list[dict]:
         """One {"stage", "seconds", "share", "photos_per_second"} a stage: how busy it was, how fast it is alone."""
-        work = {"decode": (self.decode, max(1, self.workers)), "embed": (self.embed, 1), "store": (self.store, 1)}
+        work = {"decode": (self.decode, self.workers), "embed": (self.embed, self.lanes), "store": (self.store, 1)}
         return [
             {
                 "stage": stage,
                 "seconds": round(seconds, 2),
-                "share": round(seconds / lanes / self.seconds, 3) if self.seconds else 0.0,
-                "photos_per_second": round(self.photos * lanes / seconds, 1) if seconds else None,
+                "share": round(seconds / max(1, count) / self.seconds, 3) if self.seconds else 0.0,
+                "photos_per_second": round(self.photos * max(1, count) / seconds, 1) if seconds else None,
             }
-            for stage, (seconds, lanes) in work.items()
+            for stage, (seconds, count) in work.items()
         ]
 
     def bottleneck(self) -> str:
@@ -67,42 +72,92 @@ class StageTimes:
 
 def embed_batches(
     decoded: Iterable[tuple[object, DecodedPhoto | UnreadablePhoto]],
-    embed: Callable[[np.ndarray], tuple[np.ndarray, list[bytes]]],
+    encoder,
+    form: Callable[[], str | None],
     batch_size: int = BATCH_SIZE,
     times: StageTimes | None = None,
 ) -> Iterator[Batch]:
-    """Group decoded photos, embed each group at once, and pass failures along in their place.
+    """Group decoded photos, embed each group, and pass failures along in their place; batches come in order.
+
+    An encoder with lanes (`blipcore.lanes`) embeds parts of a group side by side, and begins the next group meanwhile.
 
     Args:
-        embed: uint8 [B, S, S, 3] -> (float32 [B, E], or [B, Q, E] of a model that gives a photo Q vectors; records).
+        encoder: a blipcore encoder. form: asked before each part in which form image tokens are kept, None for none.
     """
-    times, groups = times or StageTimes(), chunks(decoded, batch_size)
-    while True:
+    times, groups, ahead = times or StageTimes(), chunks(decoded, batch_size), deque()
+    with _lanes(encoder) as (times.lanes, pool):
+        embed = _Embedder(encoder, form, times)
+        while True:
+            group = next(groups, None)
+            embed.comes()
+            if group is not None:
+                good = [each for each in group if isinstance(each[1], DecodedPhoto)]
+                size = max(SMALLEST_PART, -(-len(good) // times.lanes))
+                parts = [good[at : at + size] for at in range(0, len(good), size)]
+                ahead.append((group, good, [pool.submit(embed, part) for part in parts]))
+            if ahead and (group is None or len(ahead) > GROUPS_AHEAD):
+                yield _batch(*ahead.popleft(), times)
+            if group is None and not ahead:
+                return
+
+
+def _batch(group: list, good: list, parts: list[Future], times: StageTimes) -> Batch:
+    found = [part.result() for part in parts]
+    vectors = np.concatenate([vectors for vectors, _ in found]) if found else np.zeros((0, 0))
+    times.decode += sum(photo.seconds for _, photo in good)
+    times.photos += len(good)
+    return Batch(
+        [file for file, _ in good],
+        [photo for _, photo in good],
+        vectors.astype(np.float16),
+        [(file, error) for file, error in group if isinstance(error, UnreadablePhoto)],
+        [record for _, records in found for record in records],
+    )
+
+
+class _Embedder:
+    """Embeds parts of groups, and counts how long that took and how long there was nothing to embed."""
+
+    def __init__(self, encoder, form: Callable[[], str | None], times: StageTimes):
+        self._encoder, self._form, self._times, self._lock = encoder, form, times, threading.Lock()
+        self._busy, self._idle_since = 0, time.perf_counter()
+
+    def comes(self) -> None:
+        """The next group, which may have been waited for."""
+        with self._lock:
+            if not self._busy:
+                now = time.perf_counter()
+                self._times.wait += now - self._idle_since
+                self._idle_since = now
+
+    def __call__(self, part: list[tuple[object, DecodedPhoto]]) -> tuple[np.ndarray, list[bytes]]:
+        """-> (vectors, image tokens to keep): the tower runs once for both."""
+        with self._lock:
+            self._busy += 1
         started = time.perf_counter()
-        group = next(groups, None)
-        times.wait += time.perf_counter() - started
-        if group is None:
-            return
-        good = [(file, photo) for file, photo in group if isinstance(photo, DecodedPhoto)]
-        bad = [(file, error) for file, error in group if isinstance(error, UnreadablePhoto)]
-        vectors, records = np.zeros((0, 0), np.float16), []
-        if good:
-            started = time.perf_counter()
-            vectors, records = embed(np.stack([photo.pixels for _, photo in good]))
-            times.embed += time.perf_counter() - started
-        times.decode += sum(photo.seconds for _, photo in good)
-        times.photos += len(good)
-        yield Batch([file for file, _ in good], [photo for _, photo in good], vectors.astype(np.float16), bad, records)
+        try:
+            tokens = self._encoder.image_tokens(np.stack([photo.pixels for _, photo in part]))
+            form = self._form()
+            return self._encoder.embed_tokens(tokens), self._encoder.pack_tokens(tokens, form) if form else []
+        finally:
+            with self._lock:
+                self._busy -= 1
+                self._idle_since = time.perf_counter()
+                self._times.embed += self._idle_since - started
 
 
-def embedder(encoder, form: str | None) -> Callable[[np.ndarray], tuple[np.ndarray, list[bytes]]]:
-    """What `embed_batches` calls: vectors, and image tokens in this form where there is one; the tower runs once."""
-
-    def embed(pixels: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-        tokens = encoder.image_tokens(pixels)
-        return encoder.embed_tokens(tokens), encoder.pack_tokens(tokens, form) if form else []
-
-    return embed
+@contextmanager
+def _lanes(encoder) -> Iterator[tuple[int, Executor]]:
+    """How many parts are embedded at once, and who embeds them: one thread where an encoder has no lanes."""
+    if hasattr(encoder, "lanes"):
+        with encoder.lanes() as found:
+            yield found
+        return
+    pool = ThreadPoolExecutor(1, thread_name_prefix="embed")
+    try:
+        yield 1, pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy import Connection, Select, delete, exists, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from indexer.catalog import (
@@ -30,7 +30,7 @@ from indexer.catalog import (
     under,
 )
 from indexer.config import LibraryPaths, patch_form
-from indexer.embed import BATCH_SIZE, Batch, StageTimes, behind, embed_batches, embedder
+from indexer.embed import BATCH_SIZE, Batch, StageTimes, behind, embed_batches
 from indexer.errors import LibraryBusy, LibraryError, ModelError, UnreadablePhoto
 from indexer.images import DecodedPhoto, thumbnail_path
 from indexer.organise import add_tags
@@ -231,7 +231,7 @@ class IndexJob:
         started, times = time.perf_counter(), self.report.times
         times.workers = self.workers
         with behind(self._store) as store:
-            for batch in embed_batches(decoded, embedder(encoder, self._keep.form), self.batch_size, times):
+            for batch in embed_batches(decoded, encoder, lambda: self._keep.form, self.batch_size, times):
                 store(batch)
         times.seconds += time.perf_counter() - started
 
@@ -294,10 +294,11 @@ class IndexJob:
         """One transaction: photos, files, vectors, failures, progress."""
         started = time.perf_counter()
         with self.catalog.transaction() as connection:
-            for file, photo, vector in zip(batch.files, batch.photos, batch.vectors, strict=True):
-                photo_id = _photo_id(connection, photo)
-                self._count(*_place_file(connection, file, photo_id, self._is_gone))
-                _store_vector(connection, self._model_id, photo_id, vector)
+            photo_ids = _photo_ids(connection, batch.photos)
+            for what, file_id in _place_files(connection, batch.files, photo_ids, self._is_gone):
+                self._tally(what)
+                self._seen.add(file_id)
+            _store_vectors(connection, self._model_id, photo_ids, batch.vectors)
             forget_failures(connection, [file.path for file in batch.files])
             for file, error in batch.failures:
                 record_failure(connection, file.path, error.reason, error.detail, _stat(file))
@@ -311,10 +312,6 @@ class IndexJob:
         self.report.times.store += time.perf_counter() - started
         last = batch.files[-1].path if batch.files else batch.failures[-1][0].path
         self._advance(len(batch.files) + len(batch.failures), last)
-
-    def _count(self, what: str, file_id: int) -> None:
-        self._tally(what)
-        self._seen.add(file_id)
 
     def _tally(self, what: str, count: int = 1) -> None:
         with self._counting:
@@ -435,45 +432,71 @@ def _stat(file: ScannedFile) -> tuple[int, int, int]:
     return file.size, file.mtime_ns, file.ctime_ns
 
 
-def _photo_id(connection: Connection, photo: DecodedPhoto) -> int:
-    """The row of this content, made where there is none."""
-    known = connection.execute(select(Photo.id).where(Photo.content_hash == photo.content_hash)).scalar()
-    if known is not None:
-        return known
-    values = asdict(photo.info)
-    keywords = values.pop("keywords")
-    values |= {"content_hash": photo.content_hash, "bytes": photo.bytes, "phash": photo.phash, "added_at": now()}
-    photo_id = connection.execute(insert(Photo).values(values)).inserted_primary_key[0]
-    add_tags(connection, [photo_id], keywords, "file")
-    return photo_id
+def _photo_ids(connection: Connection, photos: Sequence[DecodedPhoto]) -> list[int]:
+    """The rows of these contents, made where there are none."""
+    wanted = {photo.content_hash: photo for photo in photos}
+    query = select(Photo.content_hash, Photo.id).where(Photo.content_hash.in_(wanted))
+    known = {row.content_hash: row.id for row in connection.execute(query)}
+    rows, keywords = [], {}
+    for content_hash, photo in wanted.items():
+        if content_hash not in known:
+            values = asdict(photo.info)
+            keywords[content_hash] = values.pop("keywords")
+            rows.append(
+                {**values, "content_hash": content_hash, "bytes": photo.bytes, "phash": photo.phash, "added_at": now()}
+            )
+    if rows:
+        made = connection.execute(insert(Photo).returning(Photo.content_hash, Photo.id), rows)
+        known |= {row.content_hash: row.id for row in made}
+    for content_hash, tags in keywords.items():
+        add_tags(connection, [known[content_hash]], tags, "file")
+    return [known[photo.content_hash] for photo in photos]
 
 
-def _place_file(
-    connection: Connection, file: ScannedFile, photo_id: int, is_gone: Callable[[str], bool]
-) -> tuple[str, int]:
-    """Record where a photo lies. -> (which count of the report it is, the file's row).
+def _place_files(
+    connection: Connection, files: Sequence[ScannedFile], photo_ids: Sequence[int], is_gone: Callable[[str], bool]
+) -> list[tuple[str, int]]:
+    """Record where photos lie. -> of each file, which count of the report it is, and its row.
 
     A row of the same photo whose path is gone from disk is this file under its old name: it moves, and keeps
     whatever hangs on it.
     """
-    values = {"photo_id": photo_id, "size": file.size, "mtime_ns": file.mtime_ns, "missing_since": None}
-    same_path = connection.execute(select(File.id).where(File.path == file.path)).scalar()
-    if same_path is not None:
-        connection.execute(update(File).where(File.id == same_path).values(values))
-        return "updated", same_path
-    others = select(File.id, File.path, File.missing_since).where(File.photo_id == photo_id).order_by(File.id)
-    rows = connection.execute(others).all()
-    gone = next((row.id for row in rows if row.missing_since is not None or is_gone(row.path)), None)
-    if gone is not None:
-        connection.execute(update(File).where(File.id == gone).values(path=file.path, **values))
-        return "moved", gone
-    return "added", connection.execute(insert(File).values(path=file.path, **values)).inserted_primary_key[0]
+    paths = [file.path for file in files]
+    there = {row.path: row.id for row in connection.execute(_files_where(File.path.in_(paths)))}
+    others: dict[int, list] = {}
+    for row in connection.execute(_files_where(File.photo_id.in_(photo_ids)).order_by(File.id)):
+        if row.path not in there:  # such a row is that file's own
+            others.setdefault(row.photo_id, []).append(row)
+    placed, fresh = [], []
+    for file, photo_id in zip(files, photo_ids, strict=True):
+        values = {"photo_id": photo_id, "size": file.size, "mtime_ns": file.mtime_ns, "missing_since": None}
+        moved = [row for row in others.get(photo_id, ()) if row.missing_since is not None or is_gone(row.path)]
+        if file.path in there:
+            placed.append(("updated", there[file.path]))
+            connection.execute(update(File).where(File.id == there[file.path]).values(values))
+        elif moved:
+            others[photo_id].remove(moved[0])  # it is where this file is, and no other's old name
+            placed.append(("moved", moved[0].id))
+            connection.execute(update(File).where(File.id == moved[0].id).values(path=file.path, **values))
+        else:
+            fresh.append({"path": file.path, **values})
+    if fresh:
+        placed += [("added", row.id) for row in connection.execute(insert(File).returning(File.id), fresh)]
+    return placed
 
 
-def _store_vector(connection: Connection, model_id: int, photo_id: int, vector: np.ndarray) -> None:
-    """Keep a photo's float16 vector, unless the model has one for it already."""
-    row = upsert(Embedding).values(model_id=model_id, photo_id=photo_id, vector=vector.tobytes())
-    connection.execute(row.on_conflict_do_nothing())
+def _files_where(condition) -> Select:
+    return select(File.id, File.path, File.photo_id, File.missing_since).where(condition)
+
+
+def _store_vectors(connection: Connection, model_id: int, photo_ids: Sequence[int], vectors: np.ndarray) -> None:
+    """Keep photos' float16 vectors, unless the model has some for them already."""
+    rows = [
+        {"model_id": model_id, "photo_id": photo_id, "vector": vector.tobytes()}
+        for photo_id, vector in zip(photo_ids, vectors, strict=True)
+    ]
+    if rows:
+        connection.execute(upsert(Embedding).on_conflict_do_nothing(), rows)
 
 
 # -- reindex ------------------------------------------------------------------------------------------------
@@ -512,11 +535,10 @@ def embed_missing(
                 workers=workers,
                 window=_window(workers, batch_size),
             )
-            for batch in embed_batches(decoded, embedder(encoder, keep.form), batch_size):
+            for batch in embed_batches(decoded, encoder, lambda: keep.form, batch_size):
                 done += len(batch.files)
                 with catalog.transaction() as connection:
-                    for picture, vector in zip(batch.files, batch.vectors, strict=True):
-                        _store_vector(connection, model_id, picture.photo_id, vector)
+                    _store_vectors(connection, model_id, [each.photo_id for each in batch.files], batch.vectors)
                     bump_generation(connection)
                     job_progress(connection, job_id, done, 0, total)
                 keep(dict(zip((picture.content_hash for picture in batch.files), batch.records, strict=False)))

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=COUNT, help=f"photos of the library ({COUNT})")
     parser.add_argument("--photos", type=Path, help="a folder or tar of JPEGs (camera photos made 500 x 375)")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with it each start compiles all that it imports
     with tempfile.TemporaryDirectory() as name:
         folder, library = Path(name) / "photos", Path(name) / "library"
         kind = photos.fill(folder, options.count, (500, 375), options.photos)
