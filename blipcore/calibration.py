@@ -11,7 +11,7 @@ of the text's best candidates, and reorders these alone.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Scoring:
     fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's words
     beside a photo are worth, on the scale of log odds. The likelihood is `centred`, and 0 of what the decoder did not
     read; where its weight is 0, no decoder is asked.
+
+    `crowding_weight` is how much of a photo's crowding is taken from its cosines, and `text_crowding_weight` of a
+    text's where texts are ranked for a photo (`blipcore.hubness`); the cosines that are given here are less by it.
     """
 
     itc_weight: float = 1.0
@@ -38,6 +41,8 @@ class Scoring:
     length_weight: float = 0.0
     text_weight: float = 10.0
     likelihood_weight: float = 0.0
+    crowding_weight: float = 0.0
+    text_crowding_weight: float = 0.0
 
     def fused(self, margin: np.ndarray, itc: np.ndarray, likelihood: np.ndarray = 0.0) -> np.ndarray:
         """ITM margins, ITC cosines and centred likelihoods of the same shape -> ranking scores."""
@@ -66,6 +71,10 @@ class Scoring:
         score = self.fused(margin, itc, likelihood) if self.calibrated else margin
         beside = self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
         return self.scale * score + self.bias + self.length_weight * np.asarray(short) + beside
+
+    def without_crowding(self) -> "Scoring":
+        """This scoring for vectors of which it is not known where they crowd; the crowding of most is about 0."""
+        return replace(self, crowding_weight=0.0, text_crowding_weight=0.0)
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
 from blipcore.hub import EXTRAS, fingerprint
+from blipcore.hubness import Hubness
 from blipcore.models.blip import Blip
 from blipcore.models.config import BlipConfig
 from blipcore.models.nlvr import MAX_TOKENS, BlipNlvr
@@ -58,6 +59,7 @@ class LoadedModel:
     vqa: BlipVqa | None = None
     scoring: Scoring = field(default_factory=Scoring)
     prompt: str = ""
+    hubness: Hubness | None = None
 
     def need_retrieval(self) -> Blip:
         """The network that embeds and matches. Raises ModelError where the folder has none."""
@@ -75,7 +77,8 @@ class LoadedModel:
 
     def save(self, network: Blip, folder: Path, prompt: str | None = None) -> Path:
         """Write a network trained from this folder as one of its kind: tokenizer, normalisation, scoring and prompt."""
-        options = {"mean": self.normalize.mean, "std": self.normalize.std, "scoring": self.scoring}
+        scoring = self.scoring.without_crowding()  # its vectors lie elsewhere
+        options = {"mean": self.normalize.mean, "std": self.normalize.std, "scoring": scoring}
         return save(network, folder, self.tokenizer, **options, prompt=self.prompt if prompt is None else prompt)
 
     def need_captioner(self) -> Blip:
@@ -128,6 +131,7 @@ def _load_part(loaded: LoadedModel, folder: Path, dtype: torch.dtype) -> None:
     if BLIP2 in (_read_json(folder / "config.json").get("architectures") or ()):
         loaded.retrieval = _read_blip2(folder)
         return
+    loaded.hubness = Hubness.load(folder) or loaded.hubness
     config = read_config(folder)
     architecture = (config.architectures or ["BlipForImageTextRetrieval"])[0]
     state = read_weights(folder, dtype)

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from blipcore.calibration import Scoring
 from blipcore.hub import EXTRAS, canonical_name, find_model, fingerprint
+from blipcore.hubness import Hubness, crowdings, text_crowdings
 from blipcore.models.numpy_blip import NumpyBlip
 from blipcore.open_clip_names import is_open_clip
 from blipcore.pairs import by_text
@@ -49,6 +50,7 @@ class ColdEncoder:
         self.name, self.fingerprint = name, fingerprint(parts)
         self.scoring = Scoring(**values.get("scoring", {}))
         self._place, self._blip = folder, NumpyBlip(part)
+        self._hubness = Hubness.load(part)
         self._tokenizer = TextTokenizer(part / "tokenizer.json")
         self._normalize = Normalizer.of_folder(part)
         config = self._blip.config
@@ -117,6 +119,14 @@ class ColdEncoder:
             return self.whole.embed_texts(texts)
         parts = (slice(at, at + TEXTS) for at in range(0, len(ids), TEXTS))
         return np.concatenate(_threaded(lambda rows: self._blip.encode_texts(ids[rows], mask[rows]), parts))
+
+    def crowding(self, images: np.ndarray) -> np.ndarray:
+        """As BlipEncoder.crowding."""
+        return crowdings(self._hubness, self.scoring, images)
+
+    def text_crowding(self, texts: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+        """As BlipEncoder.text_crowding."""
+        return text_crowdings(self._hubness, self.scoring, texts, among)
 
     # -- matching -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from blipcore.checkpoint import LoadedModel, in_float32, is_head, load_folder
 from blipcore.errors import ModelError
 from blipcore.generate import Caption, caption_candidates, pick
 from blipcore.hub import canonical_name, find_model, fingerprint, holds_vlm, models_folder
+from blipcore.hubness import Hubness, crowdings, text_crowdings
 from blipcore.lanes import Lanes, lanes
 from blipcore.matcher import log_likelihoods, match_logits, match_pairs
 from blipcore.models.blip import Blip
@@ -120,6 +121,19 @@ class BlipEncoder:
         ids, mask = self._tokenize(texts)
         with torch.inference_mode():
             return self._model.need_retrieval().encode_texts(ids, mask).float().cpu().numpy()
+
+    @property
+    def hubness(self) -> Hubness | None:
+        """Which places among its vectors are crowded, where the model's folder says it."""
+        return self._model.hubness
+
+    def crowding(self, images: np.ndarray) -> np.ndarray:
+        """What `scoring` takes from the cosines of photos with vectors [n, E]: float32 [n] (`blipcore.hubness`)."""
+        return crowdings(self._model.hubness, self.scoring, images)
+
+    def text_crowding(self, texts: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+        """Likewise of texts that are ranked for a photo, by the model's own photos or `among` others [m, E]."""
+        return text_crowdings(self._model.hubness, self.scoring, texts, among)
 
     # -- matching -------------------------------------------------------------------------------------------
 
@@ -232,6 +246,7 @@ class BlipEncoder:
         vectors = self.embed_tokens(tokens)
         vectors = vectors.reshape(len(vectors), -1, vectors.shape[-1])  # BLIP-2's nearest vector counts
         itc = np.einsum("pqe,pe->pq", vectors[owner], self.embed_texts(texts)).max(1)
+        itc -= self.crowding(vectors[:, 0])[owner]
         scores = iter(self.scoring.probability(margins, itc, shortness(texts)).tolist())
         return [pick(group, [next(scores) for _ in group]) for group in found]
 

@@ -168,7 +168,8 @@ def scoring_behind(temperature: float, matcher) -> Scoring:
         temperature: the other model's. matcher: a BlipEncoder.
     """
     weight = matcher.scoring.itc_weight * matcher.temperature / temperature
-    return replace(matcher.scoring, itc_weight=weight, bias=0.0, length_weight=0.0, calibrated=False)
+    behind = matcher.scoring.without_crowding()
+    return replace(behind, itc_weight=weight, bias=0.0, length_weight=0.0, calibrated=False)
 
 
 def _together(place: Path, matcher) -> str:

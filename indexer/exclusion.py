@@ -108,7 +108,7 @@ class Exclusion:
                 share = max(0.0, budget_seconds - (time.monotonic() - started)) / (len(self.texts) - at)
             margins = self.searcher.reranker.score(name, list(found), share)
             read = np.array(list(margins), np.int64)
-            cosines = self.searcher.cosines(read, vector)
+            cosines = self.searcher.cosines(read, vector) - self.searcher.crowding(read)
             odds = scoring.log_odds(np.array(list(margins.values())), cosines, short[at])
             found = {photo_id: [*found[photo_id], each] for photo_id, each in zip(read.tolist(), odds, strict=True)}
         ends = np.cumsum([len(each.read) for each in self.names])[:-1]

@@ -83,5 +83,7 @@ def match(encoder, looked: Looked, texts: Sequence[Sequence[str]]) -> list[np.nd
 
     margins = encoder.match_tokens(looked.tokens, distinct, pairs)
     cosines = looked.cosines(embed_texts(encoder, distinct))[pairs[:, 0], pairs[:, 1]]
+    if hasattr(encoder, "crowding"):
+        cosines = cosines - encoder.crowding(looked.vectors[:, 0])[pairs[:, 0]]
     probabilities = encoder.scoring.probability(margins, cosines, shortness(distinct)[pairs[:, 1]])
     return np.split(probabilities, np.cumsum([len(own) for own in texts])[:-1])

@@ -31,6 +31,7 @@ TEXT_BATCH = 256
 KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
 SAMPLE = 2000  # photos of the library that a query's cosines are compared with
 NO_PHOTOS = np.zeros(0, np.int64), np.zeros(0, np.float32)
+FEWEST = 500  # photos that tell which texts lie near everything
 LIKELY = 0.5  # the probability from which a photo is likelier meant than not
 SPARE = 3  # candidates for each one that is wanted, where some will be left out
 
@@ -257,7 +258,8 @@ class Searcher:
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
         itc = nearest_cosines(self.text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
-        order = np.argsort(-itc, kind="stable")[: max(top_k, rerank)]
+        weighable = itc - self._text_crowding(lines, self.encoder.embed_tokens(tokens))
+        order = np.argsort(-weighable, kind="stable")[: max(top_k, rerank)]
         margins = {}
         if self.encoder.can_match:
             best = order[:rerank]
@@ -265,7 +267,7 @@ class Searcher:
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
         read = [int(i) for i in order if int(i) in margins]
-        told = self._told([lines[i] for i in read], read, [margins[i] for i in read], itc[read])
+        told = self._told([lines[i] for i in read], read, [margins[i] for i in read], weighable[read])
         rows = [_Row(int(i), float(itc[i]), **told.get(int(i), {})) for i in order]
         results = [
             TextResult(rank, lines[row.photo_id], row.itc, row.itm, row.probability, texts[lines[row.photo_id]])
@@ -321,6 +323,23 @@ class Searcher:
             self._known_texts.update(zip(part, self.encoder.embed_texts(part), strict=True))
         return np.stack([self._known_texts[line] for line in lines])
 
+    def crowding(self, ids: np.ndarray) -> np.ndarray:
+        """What the model's scoring takes from the cosines of photos in the index. -> float32 [n]"""
+        if not len(ids) or not hasattr(self.encoder, "crowding"):
+            return np.zeros(len(ids), np.float32)
+        return self.encoder.crowding(self.index.vectors(ids))
+
+    def _text_crowding(self, lines: list[str], vectors: np.ndarray) -> np.ndarray:
+        """Likewise of texts, for a picture with its vector [1, E]: one that lies near every photo says little of this.
+
+        In a large library its own photos tell which texts do.
+        """
+        if not hasattr(self.encoder, "text_crowding"):
+            return np.zeros(len(lines), np.float32)
+        others = self._sample()
+        among = others if others.ndim == 2 and len(others) >= FEWEST else None
+        return self.encoder.text_crowding(self.text_vectors(lines), among) + self.encoder.crowding(vectors)
+
     def cosines(self, ids: np.ndarray, vector: np.ndarray) -> np.ndarray:
         """Of photos in the index with a unit vector [E]. -> float32 [n]."""
         if not len(ids):
@@ -334,12 +353,16 @@ class Searcher:
 
     def background(self, vector: np.ndarray) -> tuple[float, float]:
         """Mean and standard deviation of a query's cosines over the library: what an average photo has."""
+        sample = nearest_cosines(self._sample() @ vector)
+        return float(sample.mean()), float(sample.std())
+
+    def _sample(self) -> np.ndarray:
+        """Vectors of some of the library's photos, the same ones as long as it does not change."""
         if self._sampled is None or self._sampled[0] != self.index.generation:
             ids = self.index.ids()
             some = np.random.default_rng(0).choice(ids, min(len(ids), SAMPLE), replace=False)
             self._sampled = self.index.generation, self.index.vectors(some)
-        sample = nearest_cosines(self._sampled[1] @ vector)
-        return float(sample.mean()), float(sample.std())
+        return self._sampled[1]
 
     def nearest(
         self, vector: np.ndarray, k: int, among: np.ndarray | None = None, approximate: bool = False
@@ -403,11 +426,9 @@ class Searcher:
         scoring = self.encoder.scoring
         if not scoring.likelihood_weight or not margins:
             return {}
-        ids = found.ids.tolist()
-        cosines = np.zeros(len(ids)) if found.cosines is None else found.cosines
-        score = {
-            i: scoring.fused(margins[i], itc) for i, itc in zip(ids, cosines.tolist(), strict=True) if i in margins
-        }
+        read = np.array([photo_id in margins for photo_id in found.ids.tolist()])
+        ids, cosines = found.ids[read], self._weighable(found, read)
+        score = {i: scoring.fused(margins[i], itc) for i, itc in zip(ids.tolist(), cosines.tolist(), strict=True)}
         return self.reranker.likelihoods(text, sorted(score, key=score.get, reverse=True)[:DECODED])
 
     # -- the order ------------------------------------------------------------------------------------------
@@ -431,7 +452,7 @@ class Searcher:
         read = [row for row, photo_id in enumerate(ids) if photo_id in margins]
         told = {}
         if read:
-            itc = found.cosines[read] if found.cosines is not None else np.zeros(len(read))
+            itc = self._weighable(found, read)
             named = [ids[row] for row in read]
             spoken_against = np.array([against[i] for i in named]) if against else None
             asked, weighed = [query.text] * len(read), [(likelihoods or {}).get(i) for i in named]
@@ -447,6 +468,12 @@ class Searcher:
         named = [row.photo_id for row in rows if row.itm is not None and (query.is_exact or row.text_rank)]
         sure = frozenset(named) if query.is_exact else self.texts.with_all_words(query.text, named) if named else ()
         return _ordered(replace(row, likely=True) if row.photo_id in sure else row for row in rows)
+
+    def _weighable(self, found: Candidates, rows) -> np.ndarray:
+        """The cosines of some candidates as the model's scoring weighs them; zeros where nothing has any."""
+        if found.cosines is None:
+            return np.zeros(len(found.ids[rows]))
+        return found.cosines[rows] - self.crowding(found.ids[rows])
 
     def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=None) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.

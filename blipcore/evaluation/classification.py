@@ -115,10 +115,11 @@ def score_classes(
     names = [clean_name(name) for name in photos.classes]
     prototypes = class_embeddings(encoder, names, templates)
     texts = [fill(templates[0], name) for name in names]
+    crowding = encoder.text_crowding(prototypes) if hasattr(encoder, "text_crowding") else 0.0
     itc, itm = [], []
     for at in range(0, len(photos.rows), batch):
         tokens = encoder.image_tokens(encoder.pixels(photos.pictures(at, at + batch)))
-        itc.append(text_image_cosines(prototypes, encoder.embed_tokens(tokens)).T)
+        itc.append(text_image_cosines(prototypes, encoder.embed_tokens(tokens)).T - crowding)
         itm.append(_rerank(encoder, tokens, texts, itc[-1], rerank) if rerank else itc[-1])
         progress("photos", min(at + batch, len(photos.rows)), len(photos.rows))
     return np.concatenate(itc), np.concatenate(itm)

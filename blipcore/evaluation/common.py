@@ -1,6 +1,6 @@
 """What every task of evaluation needs: a model, photos that can be read, progress."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +51,12 @@ def pictures(photos: CaptionedPhotos, start: int, stop: int) -> list[Image.Image
 def best_columns(scores: np.ndarray, k: int) -> np.ndarray:
     """Scores [R, C] -> the columns of each row's k best, the best first, int [R, min(k, C)]."""
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+def side_by_side(encoder, work: Callable, parts: Iterable) -> Iterator:
+    """What `work` makes of each part, in order: on all cores, a part each, where an encoder has lanes."""
+    if hasattr(encoder, "lanes"):
+        with encoder.lanes() as (_, pool):
+            yield from pool.map(work, parts)
+    else:
+        yield from map(work, parts)

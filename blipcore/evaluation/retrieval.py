@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,16 @@ from torch import Tensor, nn
 from blipcore.calibration import DECODED, Scoring, centred
 from blipcore.captioned import CaptionedPhotos
 from blipcore.encoder import BlipEncoder, choose_precision
-from blipcore.evaluation.common import UNRANKED, Progress, best_columns, need_encoder, open_split, pictures, silent
+from blipcore.evaluation.common import (
+    UNRANKED,
+    Progress,
+    best_columns,
+    need_encoder,
+    open_split,
+    pictures,
+    side_by_side,
+    silent,
+)
 from blipcore.metrics import recall_at_k, text_image_cosines
 from blipcore.models.blip import Blip
 from blipcore.transforms import Normalizer, TextTokenizer, squash
@@ -79,11 +90,25 @@ def retrieval(  # noqa: PLR0913 - all that an evaluation can be told
 # -- the first stage ----------------------------------------------------------------------------------------
 
 
+@dataclass
 class Pool:
-    """Everything the two stages need of a split: tokens [I, N, D], texts, owners [T], cosines [T, I]."""
+    """Everything the two stages need of a split.
 
-    def __init__(self, tokens: Tensor, texts: list[str], owners: np.ndarray, cosines: np.ndarray):
-        self.tokens, self.texts, self.owners, self.cosines = tokens, texts, owners, cosines
+    Attributes:
+        tokens: [I, N, D]. owners: [T], the image of each text. cosines: [T, I].
+        crowding, text_crowding: [I], [T] of `blipcore.hubness`, zeros without it; scoring says what they weigh.
+    """
+
+    tokens: Tensor
+    texts: list[str]
+    owners: np.ndarray
+    cosines: np.ndarray
+    crowding: np.ndarray
+    text_crowding: np.ndarray
+
+    def weighable(self, scoring: Scoring, texts: np.ndarray, images: np.ndarray) -> np.ndarray:
+        """Cosines of pairs as a scoring weighs them."""
+        return self.cosines[texts, images] - scoring.crowding_weight * self.crowding[images]
 
 
 def embed_pool(encoder: BlipEncoder, photos: CaptionedPhotos, batch: int = 64, progress: Progress = silent) -> Pool:
@@ -95,8 +120,11 @@ def embed_pool(encoder: BlipEncoder, photos: CaptionedPhotos, batch: int = 64, p
         tokens.append(encoder.image_tokens(encoder.pixels(images)))
         return encoder.embed_tokens(tokens[-1])
 
-    cosines = _cosines(photos, texts, embed_images, encoder.embed_texts, batch, progress)
-    return Pool(torch.cat(tokens), texts, np.array(owners), cosines)
+    words, images = _vectors(photos, texts, embed_images, encoder.embed_texts, batch, progress)
+    cosines, hubness = text_image_cosines(words, images), getattr(encoder, "hubness", None)
+    crowding = hubness.texts.crowding(images) if hubness else np.zeros(len(images))
+    text_crowding = hubness.images.crowding(words) if hubness else np.zeros(len(words))
+    return Pool(torch.cat(tokens), texts, np.array(owners), cosines, crowding, text_crowding)
 
 
 def itc_recall(
@@ -114,8 +142,8 @@ def itc_recall(
         return model.encode_texts(*(t.to(model.device) for t in tokenizer(part))).float().cpu().numpy()
 
     with in_evaluation_mode(model):
-        cosines = _cosines(photos, texts, embed_images, embed_texts, batch, silent)
-    return recall_at_k(cosines, np.array(owners))
+        vectors = _vectors(photos, texts, embed_images, embed_texts, batch, silent)
+    return recall_at_k(text_image_cosines(*vectors), np.array(owners))
 
 
 @contextmanager
@@ -133,15 +161,15 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _cosines(
+def _vectors(
     photos: CaptionedPhotos,
     texts: list[str],
     embed_images: Callable,
     embed_texts: Callable,
     batch: int,
     progress: Progress,
-) -> np.ndarray:
-    """-> cosines [T, I] from unit vectors, a batch of each tower at a time."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> unit vectors of texts [T, E] and images [I, E] or [I, Q, E], a batch of each tower at a time."""
     images, words = [], []
     for at in range(0, len(photos), batch):
         images.append(embed_images(pictures(photos, at, at + batch)))
@@ -149,7 +177,7 @@ def _cosines(
     for at in range(0, len(texts), TEXTS_AT_ONCE):
         words.append(embed_texts(texts[at : at + TEXTS_AT_ONCE]))
         progress("texts", min(at + TEXTS_AT_ONCE, len(texts)), len(texts))
-    return text_image_cosines(np.concatenate(words), np.concatenate(images))
+    return np.concatenate(words), np.concatenate(images)
 
 
 # -- the second stage ---------------------------------------------------------------------------------------
@@ -171,25 +199,47 @@ FUSIONS = {"model": fuse_as_model, "paper": fuse_as_paper}
 def candidate_margins(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """For each text its k best photos by ITC. -> (photo indices [Q, k], ITM margins [Q, k])."""
     best = best_columns(pool.cosines[texts], k)
-    pairs = np.stack([best.ravel(), np.repeat(np.arange(len(texts)), best.shape[1])], 1)
-    margins = encoder.match_tokens(pool.tokens, [pool.texts[t] for t in texts], pairs)
-    return best, margins.reshape(best.shape)
+    return best, _by_text(encoder, encoder.match_tokens, pool, texts, best, partial(silent, "pairs"))
+
+
+def _by_text(
+    encoder: BlipEncoder, read: Callable, pool: Pool, texts: np.ndarray, photos: np.ndarray, progress: Callable
+):
+    """What `read` says of texts [Q] with each of their photos [Q, k]: float32 [Q, k]."""
+    step = max(1, PAIRS_AT_ONCE // photos.shape[1])
+
+    def part_of(at: int) -> np.ndarray:
+        part = photos[at : at + step]
+        pairs = np.stack([part.ravel(), np.repeat(np.arange(len(part)), part.shape[1])], 1)
+        return read(pool.tokens, [pool.texts[text] for text in texts[at : at + step]], pairs).reshape(part.shape)
+
+    found = []
+    for part in side_by_side(encoder, part_of, range(0, len(texts), step)):
+        found.append(part)
+        progress(sum(map(len, found)) * photos.shape[1], photos.size)
+    return np.concatenate(found) if found else np.zeros(photos.shape, np.float32)
 
 
 def rerank_both_ways(
     encoder: BlipEncoder, pool: Pool, k: int, fuse: Callable = fuse_as_model, progress: Progress = silent
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score matrices float64 [T, I] for text to image and image to text: fused where ITM read the pair."""
+    """Score matrices float64 [T, I] for text to image and image to text: fused where ITM read the pair.
+
+    A text is compared with other texts of an image less what all images have in common with it.
+    """
+    ours = fuse is fuse_as_model
+    crowding = encoder.scoring.text_crowding_weight * pool.text_crowding[:, None] * ours
     of_text, of_image = (np.zeros(pool.cosines.shape, bool) for _ in range(2))
     np.put_along_axis(of_text, best_columns(pool.cosines, k), True, axis=1)
-    np.put_along_axis(of_image.T, best_columns(pool.cosines.T, k), True, axis=1)
+    np.put_along_axis(of_image.T, best_columns((pool.cosines - crowding).T, k), True, axis=1)
     # a pair that both directions ask for is read once, and an image's pairs together: its keys and values are shared
     images, texts = np.nonzero((of_text | of_image).T)
     fused = pool.cosines.astype(np.float64)
     fused[texts, images] = _score_pairs(encoder, pool, np.stack([images, texts], 1), fuse, progress)
     behind = pool.cosines.astype(np.float64) + UNRANKED  # float32 would lose the cosines' order
-    by_text, by_image = np.where(of_text, fused, behind), np.where(of_image, fused, behind)
-    if fuse is fuse_as_model and encoder.scoring.likelihood_weight:
+    of_texts = fused - encoder.scoring.itc_weight * crowding
+    by_text, by_image = np.where(of_text, fused, behind), np.where(of_image, of_texts, behind - crowding)
+    if ours and encoder.scoring.likelihood_weight:
         best = best_columns(by_text, min(k, DECODED))
         likelihood = centred(candidate_likelihoods(encoder, pool, np.arange(len(by_text)), best, progress))
         by_text[np.arange(len(best))[:, None], best] += encoder.scoring.likelihood_weight * likelihood
@@ -200,26 +250,26 @@ def candidate_likelihoods(
     encoder: BlipEncoder, pool: Pool, texts: np.ndarray, photos: np.ndarray, progress: Progress = silent
 ) -> np.ndarray:
     """How likely the decoder finds texts [Q] given each of their photos [Q, k]: float32 [Q, k], in nats."""
-    found = np.empty(photos.shape, np.float32)
-    step = max(1, PAIRS_AT_ONCE // photos.shape[1])
-    for at in range(0, len(texts), step):
-        part = photos[at : at + step]
-        pairs = np.stack([part.ravel(), np.repeat(np.arange(len(part)), part.shape[1])], 1)
-        lines = [pool.texts[text] for text in texts[at : at + step]]
-        found[at : at + step] = encoder.likelihoods(pool.tokens, lines, pairs).reshape(part.shape)
-        progress("likelihoods", min(at + step, len(texts)) * photos.shape[1], photos.size)
-    return found
+    return _by_text(encoder, encoder.likelihoods, pool, texts, photos, partial(progress, "likelihoods"))
 
 
 def _score_pairs(encoder: BlipEncoder, pool: Pool, pairs: np.ndarray, fuse: Callable, progress: Progress) -> np.ndarray:
     """(Image, text) pairs [P, 2] -> fused scores [P]."""
-    scores = np.empty(len(pairs))
-    for at in range(0, len(pairs), PAIRS_AT_ONCE):
+
+    def part_of(at: int) -> np.ndarray:
         images, texts = pairs[at : at + PAIRS_AT_ONCE].T
         needed, rows = np.unique(texts, return_inverse=True)
-        logits = encoder.match_tokens(
-            pool.tokens, [pool.texts[t] for t in needed], np.stack([images, rows], 1), logits=True
+        asked = [pool.texts[text] for text in needed]
+        logits = encoder.match_tokens(pool.tokens, asked, np.stack([images, rows], 1), logits=True)
+        ours = fuse is fuse_as_model
+        return fuse(
+            encoder.scoring,
+            logits,
+            pool.weighable(encoder.scoring, texts, images) if ours else pool.cosines[texts, images],
         )
-        scores[at : at + PAIRS_AT_ONCE] = fuse(encoder.scoring, logits, pool.cosines[texts, images])
-        progress("pairs", min(at + PAIRS_AT_ONCE, len(pairs)), len(pairs))
-    return scores
+
+    scores = []
+    for part in side_by_side(encoder, part_of, range(0, len(pairs), PAIRS_AT_ONCE)):
+        scores.append(part)
+        progress("pairs", sum(map(len, scores)), len(pairs))
+    return np.concatenate(scores)

@@ -179,7 +179,7 @@ def test_the_probability_is_fitted_on_what_people_type_too():
     captions = [["A brown dog is on the grass.", "the dogs run"], ["two dogs play"], ["a cat looks at the camera"]] * 4
     texts = [text for own in captions for text in own]
     owners = np.array([photo for photo, own in enumerate(captions) for _ in own])
-    pool = Pool(torch.zeros(12, 1, 1), texts, owners, np.zeros((len(texts), 12)))
+    pool = Pool(torch.zeros(12, 1, 1), texts, owners, np.zeros((len(texts), 12)), np.zeros(12), np.zeros(len(texts)))
     package = package_model
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "COMMON", 0.7)

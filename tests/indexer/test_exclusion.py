@@ -34,6 +34,9 @@ class Stage:
     def cosines(self, ids, vector):
         return np.zeros(len(ids))
 
+    def crowding(self, ids):
+        return np.zeros(len(ids))
+
     def standing(self, ids, vector):
         return np.array([self.standings.get(vector, np.zeros(6))[i - 1] for i in ids])
 

@@ -142,6 +142,47 @@ def test_a_copy_is_the_same_photo_in_two_places(library, photos):
     assert names(library.search("red"))[0] == "copy"
 
 
+def test_two_photos_that_change_places_keep_what_is_theirs(library, photos):
+    red, blue = (library.photo_id(str(photos / f"{name}.png")) for name in ("red", "blue"))
+    library.add_caption(red, "a field of poppies")
+    (photos / "red.png").rename(photos / "aside.png")
+    (photos / "blue.png").rename(photos / "red.png")
+    (photos / "aside.png").rename(photos / "blue.png")
+    report = library.index(photos, workers=0)
+    assert (report.updated, report.added, report.moved, report.missing) == (2, 0, 0, 0)
+    assert library.photo_id(str(photos / "blue.png")) == red and library.photo_id(str(photos / "red.png")) == blue
+    assert library.photo(red)["captions"][0]["text"] == "a field of poppies"
+
+
+def test_a_photo_that_gave_its_place_to_another_is_where_it_is_now(library, photos):
+    """All in one batch: the row under the old path is the new photo's, and is not moved along."""
+    red = library.photo_id(str(photos / "red.png"))
+    (photos / "red.png").rename(photos / "zebra.png")
+    paint(photos / "red.png", (1, 2, 3))
+    report = library.index(photos, workers=0)
+    assert (report.updated, report.added, report.moved, report.missing) == (1, 1, 0, 0)
+    assert library.photo_id(str(photos / "zebra.png")) == red
+    assert library.photo_id(str(photos / "red.png")) not in {red, None}
+
+
+def test_copies_that_come_together_are_one_photo(library, photos):
+    for name in ("one", "two", "three"):
+        paint(photos / f"{name}.png", (9, 9, 9))
+    report = library.index(photos, workers=0)
+    assert report.added == 3
+    assert len({library.photo_id(str(photos / f"{name}.png")) for name in ("one", "two", "three")}) == 1
+    assert len(library.present()) == 5
+
+
+def test_two_moved_copies_are_two_moves(library, photos):
+    (photos / "copy.png").write_bytes((photos / "red.png").read_bytes())
+    library.index(photos, workers=0)
+    (photos / "red.png").rename(photos / "first.png")
+    (photos / "copy.png").rename(photos / "second.png")
+    report = library.index(photos, workers=0)
+    assert (report.moved, report.added, report.missing) == (2, 0, 0)
+
+
 def test_a_changed_file_is_a_new_photo_under_the_same_path(library, photos):
     paint(photos / "red.png", COLOURS["blue"], (61, 41))
     os.utime(photos / "red.png", ns=(1, 1))

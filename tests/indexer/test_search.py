@@ -212,3 +212,54 @@ def test_the_background_is_that_of_the_whole_library(library):
     mean, spread = searcher.background(vector)
     cosines = searcher.cosines(np.sort(searcher.index.ids()), vector)
     assert mean == pytest.approx(cosines.mean(), abs=1e-3) and spread == pytest.approx(cosines.std(), abs=1e-3)
+
+
+# -- hubness --------------------------------------------------------------------------------------------------
+
+
+class Crowded(ColourEncoder):
+    """Colours, some of which lie near everything: what is taken from the cosines of their photos, or of their texts."""
+
+    def __init__(self, *crowded: str):
+        super().__init__()
+        self.scoring = Scoring(itc_weight=50.0, calibrated=True)
+        self.crowded, self.among = self.embed_texts(crowded), []
+
+    def crowding(self, images):
+        return 1.2 * (images @ self.crowded.T > 0.999).any(1).astype(np.float32)
+
+    def text_crowding(self, texts, among=None):
+        self.among.append(among)
+        return self.crowding(texts)
+
+
+def test_a_photo_that_lies_near_everything_comes_later_with_its_own_cosine(open_library, tmp_path):
+    plain, crowded = open_library("plain"), open_library("crowded", Crowded("yellow"))
+    for place, name in (("1", "yellow"), ("2", "red"), ("3", "blue")):
+        paint(tmp_path / "nameless" / f"{place}.png", COLOURS[name])
+    for library in (plain, crowded):
+        library.index(tmp_path / "nameless", workers=0)
+    first, later = plain.search("something yellow"), crowded.search("something yellow")
+    assert names(first) == ["1", "2", "3"] and names(later) == ["2", "1", "3"]
+    assert later[1].itc == pytest.approx(first[0].itc, abs=1e-4) and later[1].itc_rank == 1
+    assert later[1].probability < first[0].probability
+    assert names(crowded.search("something yellow", rerank=0))[0] == "1"  # it is a matter of the second stage
+
+
+def test_a_text_that_lies_near_everything_says_little_of_a_photo(open_library, photos):
+    library = open_library(encoder=Crowded("red"))
+    library.index(photos, workers=0)
+    found = library.describe(photos / "red.png", candidates=["a red thing", "a yellow thing", "a blue thing"])
+    assert found[0].text == "a yellow thing"
+    assert {hit.text: hit.itc for hit in found}["a red thing"] == pytest.approx(1, abs=1e-3)
+
+
+def test_in_a_large_library_its_own_photos_tell_which_texts_do(open_library, photos, monkeypatch):
+    encoder = Crowded("red")
+    library = open_library(encoder=encoder)
+    library.index(photos, workers=0)
+    library.describe(photos / "red.png", candidates=["a red thing"])
+    monkeypatch.setattr("indexer.search.FEWEST", 4)
+    library.describe(photos / "red.png", candidates=["a red thing"])
+    small, large = encoder.among
+    assert small is None and large.shape == (4, encoder.dim)

@@ -355,7 +355,7 @@ def write_model(loaded: LoadedModel, start: Path, folder: Path, held_out: Captio
         save(loaded.need_blip(), place, loaded.tokenizer, mean=normalize.mean, std=normalize.std,
              scoring=scoring, prompt=loaded.prompt)  # fmt: skip
 
-    write(loaded.scoring)
+    write(loaded.scoring.without_crowding())  # its vectors lie elsewhere
     if len(held_out.texts()[0]) < PAIRS_TO_CALIBRATE:
         return False
     encoder = BlipEncoder(load_folder(folder))

@@ -28,12 +28,14 @@ from blipcore.checkpoint import load_folder, load_trained, save
 from blipcore.encoder import BlipEncoder
 from blipcore.evaluation import Pool, candidate_likelihoods, candidate_margins, embed_pool
 from blipcore.evaluation.report import reliability_diagram
-from blipcore.metrics import expected_calibration_error, text_image_cosines
+from blipcore.metrics import expected_calibration_error, recall_at_k, text_image_cosines
 from blipcore.models.presets import PRESETS
 from blipcore.training.prototypes import without_camera
 from blipcore.transforms import TextTokenizer
 
 ITC_WEIGHTS = np.array([0, 1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 70, 100, 200])
+CROWDING_WEIGHTS = np.array([0, 5, 10, 15, 20, 25, 30, 40, 50, 70, 100])  # as those of ITC, which they are divided by
+TEXT_CROWDING_WEIGHTS = np.array([0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1])
 LIKELIHOOD_WEIGHTS = np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2])
 FEWEST, COMMON = 4, 0.2  # photos a name is said of; the share of them above which it says little
 NAMES = 200  # that short texts are fitted and measured on: each is read with twice DECODED photos
@@ -96,26 +98,45 @@ class _Candidates(NamedTuple):
 def _choose_weights(encoder: BlipEncoder, pool: Pool, texts: np.ndarray, k: int) -> tuple[_Candidates, Scoring, dict]:
     """-> (the `DECODED` best of each caption, a scoring with the weights, R@1 in percent with and by each alone)."""
     photos, margin = candidate_margins(encoder, pool, texts, k)
-    itc = pool.cosines[texts[:, None], photos]
+    cosine, crowding = pool.cosines[texts[:, None], photos], pool.crowding[photos]
     own = photos == pool.owners[texts][:, None]
-    (weight,) = choose_weights([margin, itc], own, [ITC_WEIGHTS])
+    grids = [ITC_WEIGHTS, CROWDING_WEIGHTS if crowding.any() else CROWDING_WEIGHTS[:1]]
+    weight, of_crowding = choose_weights([margin, cosine, -crowding], own, grids)
+    scoring = Scoring(
+        itc_weight=weight,
+        crowding_weight=round(of_crowding / weight, 2) if weight else 0.0,
+        text_crowding_weight=_text_crowding_weight(pool),
+    )
+    itc = pool.weighable(scoring, texts[:, None], photos)
     order = np.argsort(-(margin + weight * itc), axis=1, kind="stable")[:, :DECODED]
-    scoring = Scoring(itc_weight=weight)
     best = _Candidates(*(np.take_along_axis(each, order, 1) for each in (photos, margin, itc)), np.zeros(order.shape))
     best_own = np.take_along_axis(own, order, 1)
 
     def r1(score: np.ndarray, own: np.ndarray) -> float:
         return round(100 * float(own[np.arange(len(own)), score.argmax(1)].mean()), 2)
 
-    figures = {"queries": len(texts), "k": k, "weight": weight, "itc_r1": r1(itc, own)}
+    figures = {"queries": len(texts), "k": k, "weight": weight, "itc_r1": r1(cosine, own)}
+    figures |= {"crowding_weight": scoring.crowding_weight, "itc_less_crowding_r1": r1(itc, own)}
     figures |= {"fused_r1": r1(margin + weight * itc, own), "itm_r1": r1(margin, own)}
     if encoder.has_likelihood:
         best = best._replace(likelihood=centred(candidate_likelihoods(encoder, pool, texts, best.photos)))
         weights = choose_weights(best[1:], best_own, [ITC_WEIGHTS, LIKELIHOOD_WEIGHTS])
-        scoring = Scoring(itc_weight=weights[0], likelihood_weight=weights[1])
+        scoring = replace(scoring, itc_weight=weights[0], likelihood_weight=weights[1])
         figures |= {"weight": weights[0], "likelihood_weight": weights[1], "likelihood_r1": r1(best[3], best_own)}
         figures["fused_with_likelihood_r1"] = r1(scoring.fused(*best[1:]), best_own)
     return best, scoring, figures
+
+
+def _text_crowding_weight(pool: Pool) -> float:
+    """What of the texts' crowding lets ITC alone rank an image's texts best, by the mean of recall@1 and recall@5."""
+    if not pool.text_crowding.any():
+        return 0.0
+
+    def quality(weight: float) -> float:
+        recall = recall_at_k(pool.cosines - weight * pool.text_crowding[:, None], pool.owners)["i2t"]
+        return recall["r1"] + recall["r5"]
+
+    return float(max(TEXT_CROWDING_WEIGHTS, key=quality))
 
 
 def _balanced_pairs(pool: Pool, texts: np.ndarray, best: _Candidates, scoring: Scoring, rng) -> "_Pairs":
@@ -186,6 +207,7 @@ def _word_pairs(encoder: BlipEncoder, pool: Pool, scoring: Scoring, rng) -> _Pai
     said = np.stack([names[name] for name in texts])
     best = [np.argsort(-np.where(hidden, -2, cosines), 1)[:, :DECODED] for hidden in (np.zeros_like(said), said)]
     photos, rows = np.concatenate(best, 1), np.arange(len(texts))[:, None]
+    cosines = cosines - scoring.crowding_weight * pool.crowding
     pairs = np.stack([photos.ravel(), np.repeat(rows, photos.shape[1])], 1)
     margins = encoder.match_tokens(pool.tokens, texts, pairs).reshape(photos.shape)
     halves = np.split(scoring.fused(margins, cosines[rows, photos]), [best[0].shape[1]], 1)
