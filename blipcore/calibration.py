@@ -32,6 +32,7 @@ class Scoring:
 
     `crowding_weight` is how much of a photo's crowding is taken from its cosines, and `text_crowding_weight` of a
     text's where texts are ranked for a photo (`blipcore.hubness`); the cosines that are given here are less by it.
+    `uncrowded` is the scoring, as a dict, that was chosen for cosines as they are.
     """
 
     itc_weight: float = 1.0
@@ -43,6 +44,7 @@ class Scoring:
     likelihood_weight: float = 0.0
     crowding_weight: float = 0.0
     text_crowding_weight: float = 0.0
+    uncrowded: dict | None = None
 
     def fused(self, margin: np.ndarray, itc: np.ndarray, likelihood: np.ndarray = 0.0) -> np.ndarray:
         """ITM margins, ITC cosines and centred likelihoods of the same shape -> ranking scores."""
@@ -73,7 +75,9 @@ class Scoring:
         return self.scale * score + self.bias + self.length_weight * np.asarray(short) + beside
 
     def without_crowding(self) -> "Scoring":
-        """This scoring for vectors of which it is not known where they crowd; the crowding of most is about 0."""
+        """This scoring for vectors of which it is not known where they crowd."""
+        if self.uncrowded:
+            return Scoring(**self.uncrowded)
         return replace(self, crowding_weight=0.0, text_crowding_weight=0.0)
 
     def as_dict(self) -> dict:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
 from blipcore.hub import EXTRAS, fingerprint
+from blipcore.hubness import FILE as HUBNESS
 from blipcore.hubness import Hubness
 from blipcore.models.blip import Blip
 from blipcore.models.config import BlipConfig
@@ -343,6 +344,7 @@ def _write_folder(model: nn.Module, folder: Path, tokenizer: TextTokenizer, arch
     """Weights in float16, each shared tensor once, config, preprocessor, tokenizer. -> the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / HUBNESS).unlink(missing_ok=True)  # of other weights, whose vectors lie elsewhere
     shared = _shared_names(model)
     state = {
         name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items() if name not in shared

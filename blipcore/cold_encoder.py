@@ -6,6 +6,7 @@ import, is done by the whole encoder, which is loaded then.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,8 +161,7 @@ class ColdEncoder:
             sizes = None if patches.sizes is None else patches.sizes[images]
             found[rows] = function(ids[asked, : lengths[asked[0]]], patches.features[images], sizes)
 
-        rounds = -(-len(pairs) // (_cores() * PAIRS))
-        _threaded(read, by_text(pairs, lengths, -(-len(pairs) // (_cores() * rounds)) if rounds else PAIRS))
+        _threaded(read, by_text(pairs, lengths, _share(len(pairs))))
         return found
 
     def word_pieces(self, text: str) -> list[tuple[str, list[str]]]:
@@ -196,6 +196,12 @@ def _threaded(work: Callable, parts: Iterable) -> list:
     """
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(_cores()) as pool:
         return list(pool.map(work, parts))
+
+
+def _share(count: int) -> int:
+    """How many of so many pairs a thread reads at once: all threads about as many, as few times as may be."""
+    times = max(1, math.ceil(count / (_cores() * PAIRS)))
+    return max(1, math.ceil(count / (_cores() * times)))
 
 
 def _cores() -> int:

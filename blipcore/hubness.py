@@ -49,11 +49,11 @@ class Bank(NamedTuple):
 
 
 def crowding_among(vectors: np.ndarray, others: np.ndarray, temperature: float) -> np.ndarray:
-    """`Bank.crowding` of vectors [n, E] by these very others [m, E], about the mean of the n."""
+    """As `Bank.crowding`, of vectors [n, E] by these very others [m, E], and with no centre."""
     near = np.asarray(vectors, np.float32) @ np.asarray(others, np.float32).T / temperature
     highest = near.max(1, keepdims=True)
-    found = temperature * (highest[:, 0] + np.log(np.exp(near - highest).mean(1)))
-    return (found - found.mean()).astype(np.float32)
+    near -= highest
+    return (temperature * (highest[:, 0] + np.log(np.exp(near, out=near).mean(1)))).astype(np.float32)
 
 
 class Hubness(NamedTuple):
@@ -64,7 +64,7 @@ class Hubness(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> "Hubness | None":
-        """What a model's folder has of it. Raises ValueError or OSError for a damaged file."""
+        """What a model's folder has of it; a damaged file is one of many errors, as it is of NumPy's."""
         file = Path(folder) / FILE
         if not file.exists():
             return None

@@ -5,6 +5,7 @@ often another process takes one of the cores. Pieces that share nothing wait for
 1.3 times as many photos a second on two cores (docs/performance.md).
 """
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,18 +21,37 @@ class Lanes(NamedTuple):
     pool: Executor
 
 
+_starting = threading.Lock()
+
+
 @contextmanager
 def lanes(device: torch.device) -> Iterator[Lanes]:
     """As many threads as PyTorch computes with on a CPU, each on one core; one thread for a GPU.
 
     What was begun is finished when the block is left, and what was not is forgotten.
     """
-    threads = torch.get_num_threads()
-    count = threads if device.type == "cpu" else 1
-    own = {"initializer": torch.set_num_threads, "initargs": (1,)} if count > 1 else {}
-    pool = ThreadPoolExecutor(count, thread_name_prefix="lane", **own)
+    count = torch.get_num_threads() if device.type == "cpu" else 1
+    pool = _started(count) if count > 1 else ThreadPoolExecutor(1, thread_name_prefix="lane")
     try:
         yield Lanes(count, pool)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the lanes' number is what threads that begin later would compute with
+
+
+def _started(count: int) -> ThreadPoolExecutor:
+    """Threads that each compute on one core, all of them begun.
+
+    PyTorch has a thread's own number, and one for threads that begin later: setting the first sets the second too, so
+    that is set back.
+    """
+    with _starting:
+        all_here = threading.Barrier(count)
+        pool = ThreadPoolExecutor(count, thread_name_prefix="lane", initializer=_alone)
+        list(pool.map(lambda _: all_here.wait(), range(count)))
+        torch.set_num_threads(count)
+    return pool
+
+
+def _alone() -> None:
+    torch.get_num_threads()  # a thread that never asked takes the number of all, when it first computes
+    torch.set_num_threads(1)

@@ -167,8 +167,8 @@ def scoring_behind(temperature: float, matcher) -> Scoring:
     Args:
         temperature: the other model's. matcher: a BlipEncoder.
     """
-    weight = matcher.scoring.itc_weight * matcher.temperature / temperature
     behind = matcher.scoring.without_crowding()
+    weight = behind.itc_weight * matcher.temperature / temperature
     return replace(behind, itc_weight=weight, bias=0.0, length_weight=0.0, calibrated=False)
 
 

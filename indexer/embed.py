@@ -15,7 +15,6 @@ from indexer.errors import UnreadablePhoto
 from indexer.images import DecodedPhoto
 
 BATCH_SIZE = 32
-GROUPS_AHEAD = 1  # that are embedded while the next one is decoded
 SMALLEST_PART = 4  # photos that are worth a lane
 
 
@@ -87,6 +86,7 @@ def embed_batches(
     times, groups, ahead = times or StageTimes(), chunks(decoded, batch_size), deque()
     with _lanes(encoder) as (times.lanes, pool):
         embed = _Embedder(encoder, form, times)
+        most = max(1, -(-times.lanes * SMALLEST_PART // batch_size))  # groups ahead: each lane has a part, and a next
         while True:
             group = next(groups, None)
             embed.comes()
@@ -95,7 +95,7 @@ def embed_batches(
                 size = max(SMALLEST_PART, -(-len(good) // times.lanes))
                 parts = [good[at : at + size] for at in range(0, len(good), size)]
                 ahead.append((group, good, [pool.submit(embed, part) for part in parts]))
-            if ahead and (group is None or len(ahead) > GROUPS_AHEAD):
+            if ahead and (group is None or len(ahead) > most):
                 yield _batch(*ahead.popleft(), times)
             if group is None and not ahead:
                 return

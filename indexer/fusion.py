@@ -23,6 +23,7 @@ class Candidates:
         ids: int64 [n]. cosines: float32 [n], with the query; None where the query has no vector.
         strengths: float32 [n], how much of the query's words stands in the photo's texts, 0 for nothing.
         itc_ranks, text_ranks: int [n], the photo's place in each list, 0 where it is not in it.
+        crowding: float32 [n], what the model's scoring takes from the cosines (blipcore.hubness).
     """
 
     ids: np.ndarray
@@ -30,14 +31,16 @@ class Candidates:
     strengths: np.ndarray
     itc_ranks: np.ndarray
     text_ranks: np.ndarray
+    crowding: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def only(self, rows: np.ndarray) -> "Candidates":
         """Some of the rows, as numbers or as a mask."""
-        cosines = None if self.cosines is None else self.cosines[rows]
-        return Candidates(self.ids[rows], cosines, self.strengths[rows], self.itc_ranks[rows], self.text_ranks[rows])
+        cosines, crowding = (None if each is None else each[rows] for each in (self.cosines, self.crowding))
+        ranks = self.itc_ranks[rows], self.text_ranks[rows]
+        return Candidates(self.ids[rows], cosines, self.strengths[rows], *ranks, crowding)
 
 
 def fuse(itc_ids: np.ndarray, texts: TextHits, k: float = RRF_K) -> Candidates:

@@ -32,6 +32,7 @@ KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
 SAMPLE = 2000  # photos of the library that a query's cosines are compared with
 NO_PHOTOS = np.zeros(0, np.int64), np.zeros(0, np.float32)
 FEWEST = 500  # photos that tell which texts lie near everything
+WIDER = 8  # texts looked at for each one that is read
 LIKELY = 0.5  # the probability from which a photo is likelier meant than not
 SPARE = 3  # candidates for each one that is wanted, where some will be left out
 
@@ -251,15 +252,26 @@ class Searcher:
             return SearchResults([])
         return self.search(Query((Term(photo=photo_id),), where=(where,) if where else ()), top_k=top_k)
 
-    def describe(self, picture, texts: dict[str, int | None], top_k: int = 5, rerank: int = 32) -> SearchResults:
-        """The texts that fit a picture best. `texts` maps each text to a photo that carries it, or None."""
+    def describe(
+        self, picture, texts: dict[str, int | None], top_k: int = 5, rerank: int = 32, *, telling: bool = True
+    ) -> SearchResults:
+        """The texts that fit a picture best. `texts` maps each text to a photo that carries it, or None.
+
+        Args:
+            telling: those that lie near every photo come later; their probability stays what it is.
+        """
         started = time.monotonic()
         lines = list(texts)
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
         itc = nearest_cosines(self.text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
-        weighable = itc - self._text_crowding(lines, self.encoder.embed_tokens(tokens))
-        order = np.argsort(-weighable, kind="stable")[: max(top_k, rerank)]
+        order = np.argsort(-itc, kind="stable")
+        crowding = np.zeros(len(lines), np.float32)
+        if telling:
+            near = order[: WIDER * max(top_k, rerank)]
+            crowding[near] = self._text_crowding([lines[i] for i in near])
+            order = near[np.argsort(-(itc - crowding)[near], kind="stable")]
+        order = order[: max(top_k, rerank)]
         margins = {}
         if self.encoder.can_match:
             best = order[:rerank]
@@ -267,7 +279,10 @@ class Searcher:
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
         read = [int(i) for i in order if int(i) in margins]
-        told = self._told([lines[i] for i in read], read, [margins[i] for i in read], weighable[read])
+        own = self.encoder.crowding(self.encoder.embed_tokens(tokens)) if hasattr(self.encoder, "crowding") else 0.0
+        told = self._told([lines[i] for i in read], read, [margins[i] for i in read], itc[read] - own)
+        for i in told:
+            told[i]["score"] -= self.encoder.scoring.scale * self.encoder.scoring.itc_weight * crowding[i]
         rows = [_Row(int(i), float(itc[i]), **told.get(int(i), {})) for i in order]
         results = [
             TextResult(rank, lines[row.photo_id], row.itc, row.itm, row.probability, texts[lines[row.photo_id]])
@@ -329,16 +344,15 @@ class Searcher:
             return np.zeros(len(ids), np.float32)
         return self.encoder.crowding(self.index.vectors(ids))
 
-    def _text_crowding(self, lines: list[str], vectors: np.ndarray) -> np.ndarray:
-        """Likewise of texts, for a picture with its vector [1, E]: one that lies near every photo says little of this.
+    def _text_crowding(self, lines: list[str]) -> np.ndarray:
+        """Likewise of texts: one that lies near every photo says little of any. -> float32 [T]
 
         In a large library its own photos tell which texts do.
         """
-        if not hasattr(self.encoder, "text_crowding"):
+        if not lines or not self.encoder.scoring.text_crowding_weight or not hasattr(self.encoder, "text_crowding"):
             return np.zeros(len(lines), np.float32)
-        others = self._sample()
-        among = others if others.ndim == 2 and len(others) >= FEWEST else None
-        return self.encoder.text_crowding(self.text_vectors(lines), among) + self.encoder.crowding(vectors)
+        among = self._sample()
+        return self.encoder.text_crowding(self.text_vectors(lines), among if len(among) >= FEWEST else None)
 
     def cosines(self, ids: np.ndarray, vector: np.ndarray) -> np.ndarray:
         """Of photos in the index with a unit vector [E]. -> float32 [n]."""
@@ -397,7 +411,8 @@ class Searcher:
         known = dict(zip(ids.tolist(), itc.tolist(), strict=True))
         others = found.ids[found.itc_ranks == 0]
         known |= dict(zip(others.tolist(), self.cosines(others, vector).tolist(), strict=True))
-        found = replace(found, cosines=np.array([known[i] for i in found.ids.tolist()], np.float32))
+        cosines = np.array([known[i] for i in found.ids.tolist()], np.float32)
+        found = replace(found, cosines=cosines, crowding=self.crowding(found.ids))
         return found.only(~np.isin(found.ids, query.photo_ids))
 
     def _passing(self, condition) -> np.ndarray:
@@ -473,7 +488,7 @@ class Searcher:
         """The cosines of some candidates as the model's scoring weighs them; zeros where nothing has any."""
         if found.cosines is None:
             return np.zeros(len(found.ids[rows]))
-        return found.cosines[rows] - self.crowding(found.ids[rows])
+        return found.cosines[rows] - found.crowding[rows]
 
     def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=None) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.

@@ -60,7 +60,7 @@ def all_things() -> tuple[str, ...]:
 
 def describe_things(searcher, picture, top_k: int):
     """The things that a picture shows most probably: SearchResults of TextResult, whose texts are the things' names."""
-    return searcher.describe(picture, dict.fromkeys(all_things()), top_k, rerank=CANDIDATES)
+    return searcher.describe(picture, dict.fromkeys(all_things()), top_k, rerank=CANDIDATES, telling=False)
 
 
 def tagged_with(encoder) -> str:

@@ -66,6 +66,8 @@ def classification(
 ) -> list[dict]:
     """Classify a folder or tar of `<class>/<photo>`. -> a row of figures for ITC and, with rerank, ITM.
 
+    Of a model that knows its hubness there is a row "itc less hubs" too: names that lie near every photo count for less.
+
     A row: {"stage", "top1", "top5", "mean_per_class", "per_class", "seconds", ...} in percent. "mean_per_class" is
     the top-1 of each class averaged, which large classes do not rule.
 
@@ -84,6 +86,9 @@ def classification(
     shape = {"classes": len(photos.classes), "photos": len(photos.rows), "prompts": list(templates)}
     shape |= {"model": encoder.name, "seconds": round(time.monotonic() - started, 1)}
     rows = [{"stage": "itc", **figures(itc, photos), **shape}]
+    if getattr(encoder, "hubness", None):
+        names = class_embeddings(encoder, [clean_name(name) for name in photos.classes], templates)
+        rows.append({"stage": "itc less hubs", **figures(itc - encoder.text_crowding(names), photos), **shape})
     if rerank:
         rows.append({"stage": "itm", **figures(itm, photos), "rerank": rerank, **shape})
     return rows
@@ -115,11 +120,10 @@ def score_classes(
     names = [clean_name(name) for name in photos.classes]
     prototypes = class_embeddings(encoder, names, templates)
     texts = [fill(templates[0], name) for name in names]
-    crowding = encoder.text_crowding(prototypes) if hasattr(encoder, "text_crowding") else 0.0
     itc, itm = [], []
     for at in range(0, len(photos.rows), batch):
         tokens = encoder.image_tokens(encoder.pixels(photos.pictures(at, at + batch)))
-        itc.append(text_image_cosines(prototypes, encoder.embed_tokens(tokens)).T - crowding)
+        itc.append(text_image_cosines(prototypes, encoder.embed_tokens(tokens)).T)
         itm.append(_rerank(encoder, tokens, texts, itc[-1], rerank) if rerank else itc[-1])
         progress("photos", min(at + batch, len(photos.rows)), len(photos.rows))
     return np.concatenate(itc), np.concatenate(itm)

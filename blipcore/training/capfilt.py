@@ -158,8 +158,10 @@ class CaptionFilter:
         margins = self.encoder.match_tokens(tokens, texts, np.stack([owners, np.arange(len(texts))], 1))
         if self.choices.score == "itm":
             return sigmoid(margins).tolist()
-        cosines = text_image_cosines(self.encoder.embed_texts(texts), self.encoder.embed_tokens(tokens))
-        cosines = cosines[np.arange(len(texts)), owners]
+        vectors = self.encoder.embed_tokens(tokens)
+        cosines = text_image_cosines(self.encoder.embed_texts(texts), vectors)[np.arange(len(texts)), owners]
+        if hasattr(self.encoder, "crowding"):
+            cosines = cosines - self.encoder.crowding(vectors)[owners]
         return self.encoder.scoring.probability(margins, cosines, shortness(texts)).tolist()
 
     @torch.inference_mode()

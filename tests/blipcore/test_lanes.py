@@ -32,7 +32,9 @@ def test_there_are_as_many_lanes_as_threads_and_each_computes_alone(threads):
         meet = threading.Barrier(threads, timeout=20)
         found = list(pool.map(lambda _: (meet.wait(), torch.get_num_threads())[1], range(count)))
         assert count == threads and found == [1, 1, 1]
-        assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == threads and threads_of_a_new_thread() == threads
+        with lanes(CPU) as (again, _):  # another library's
+            assert again == threads
     assert torch.get_num_threads() == threads and threads_of_a_new_thread() == threads
 
 

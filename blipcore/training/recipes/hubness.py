@@ -9,6 +9,7 @@ fingerprint: a library that was indexed with it needs no new vectors.
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,15 +63,18 @@ def rescore(
         k, queries: as `fit_scoring` takes them.
     """
     source = find_model(model)
+    start = load_folder(source, model)
+    start.need_blip()
     shutil.copytree(source, out, dirs_exist_ok=True)
     place = out / "retrieval" if (out / "retrieval").is_dir() else out
-    texts, images = embed_data(BlipEncoder(load_folder(source)), data)
+    texts, images = embed_data(BlipEncoder(start), data)
     banks = fit_bank(texts, images, TEXTS, temperature), fit_bank(images, texts, IMAGES, temperature)
     Hubness(*banks).save(place)
     encoder = BlipEncoder(load_folder(out))
     pool = embed_pool(encoder, load_captioned(dev, "dev", limit))
     scoring, figures = fit_scoring(encoder, pool, k=k, queries=queries, diagram=out / "reliability.png")
     extras = json.loads((place / EXTRAS).read_text(encoding="utf-8")) if (place / EXTRAS).exists() else {}
+    scoring = replace(scoring, uncrowded=start.scoring.without_crowding().as_dict())
     text = json.dumps(extras | {"scoring": scoring.as_dict()}, indent=2) + "\n"
     (place / EXTRAS).write_text(text, encoding="utf-8")
     (out / "metrics.json").write_text(json.dumps({"dev": figures}, indent=2) + "\n", encoding="utf-8")
