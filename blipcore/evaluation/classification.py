@@ -66,7 +66,7 @@ def classification(
 ) -> list[dict]:
     """Classify a folder or tar of `<class>/<photo>`. -> a row of figures for ITC and, with rerank, ITM.
 
-    Of a model that knows its hubness there is a row "itc less hubs" too: names that lie near every photo count for less.
+    Of a model that knows its hubness there is a row "itc less hubs" too: names near every photo count for less.
 
     A row: {"stage", "top1", "top5", "mean_per_class", "per_class", "seconds", ...} in percent. "mean_per_class" is
     the top-1 of each class averaged, which large classes do not rule.
