@@ -54,7 +54,7 @@ def test_one_model_cannot_be_compared_and_the_way_to_a_second_is_said(library): 
 def test_two_models_are_compared_on_typed_queries(library, folder, monkeypatch):  # noqa: F811
     encoders = {"colours": ColourEncoder(), "others": ColourEncoder("others", "07e5" * 4)}
     load = lambda name: encoders.get(name, encoders["colours"])  # noqa: E731
-    monkeypatch.setattr("indexer.library._load_encoder", load)
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: load(name))
     monkeypatch.setattr(library, "_load_encoder", load)
     library.reindex("others", workers=0, switch=False)
     app = open_page("evaluate")

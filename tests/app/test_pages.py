@@ -58,7 +58,7 @@ class Speaker:
 def empty_library(tmp_path, monkeypatch):
     """Every test has a library of its own, and an encoder that sees colours; one of the library's own models speaks."""
     encoder, speaker = ColourEncoder(), Speaker()
-    monkeypatch.setattr("indexer.library._load_encoder", lambda name: speaker if Path(name).is_dir() else encoder)
+    monkeypatch.setattr("indexer.library._load_encoder", lambda name, cold: speaker if Path(name).is_dir() else encoder)
     monkeypatch.setenv("PHOTOBLIP_LIBRARY", str(tmp_path / "library"))
     monkeypatch.setenv("PHOTOBLIP_MODELS", str(tmp_path / "downloaded"))
     st.cache_resource.clear()

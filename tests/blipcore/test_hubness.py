@@ -43,7 +43,7 @@ def test_a_bank_crowds_as_its_members_do():
     assert np.corrcoef(bank.crowding(images), expected)[0, 1] > 0.98
     assert np.abs(bank.crowding(images) + bank.centre - expected).max() < 0.02
     assert abs(bank.crowding(images).mean()) < 1e-5  # most cosines keep their level
-    assert bank.means.shape == (64, 16) and bank.weights.sum() == pytest.approx(1, abs=1e-5)
+    assert 56 < len(bank.means) <= 64 and bank.weights.sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_single_cluster_is_a_gaussian():
@@ -69,10 +69,10 @@ def test_a_cluster_of_a_few_is_left_out():
     assert len(bank.means) < 4 and (bank.means @ odd.T).max() < 0 and bank.weights.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_crowding_among_others_is_the_formula_about_its_mean():
+def test_crowding_among_others_is_the_formula():
     texts, photos = drawn(30, 5), drawn(700, 6)
-    expected = plainly(texts, photos, 0.05)
-    assert np.abs(crowding_among(texts, photos, 0.05) - (expected - expected.mean())).max() < 1e-5
+    assert np.abs(crowding_among(texts, photos, 0.05) - plainly(texts, photos, 0.05)).max() < 1e-5
+    assert crowding_among(texts[:1], photos, 0.05) == crowding_among(texts, photos, 0.05)[:1]
 
 
 def test_what_lies_near_everything_is_crowded():
