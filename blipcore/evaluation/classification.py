@@ -66,8 +66,6 @@ def classification(
 ) -> list[dict]:
     """Classify a folder or tar of `<class>/<photo>`. -> a row of figures for ITC and, with rerank, ITM.
 
-    Of a model that knows its hubness there is a row "itc less hubs" too: names near every photo count for less.
-
     A row: {"stage", "top1", "top5", "mean_per_class", "per_class", "seconds", ...} in percent. "mean_per_class" is
     the top-1 of each class averaged, which large classes do not rule.
 
@@ -86,9 +84,6 @@ def classification(
     shape = {"classes": len(photos.classes), "photos": len(photos.rows), "prompts": list(templates)}
     shape |= {"model": encoder.name, "seconds": round(time.monotonic() - started, 1)}
     rows = [{"stage": "itc", **figures(itc, photos), **shape}]
-    if getattr(encoder, "hubness", None):
-        names = class_embeddings(encoder, [clean_name(name) for name in photos.classes], templates)
-        rows.append({"stage": "itc less hubs", **figures(itc - encoder.text_crowding(names), photos), **shape})
     if rerank:
         rows.append({"stage": "itm", **figures(itm, photos), "rerank": rerank, **shape})
     return rows
