@@ -105,8 +105,8 @@ def test_the_matching_stage_leaves_the_whole_tower_and_reads_its_final_tokens(
 
 def test_training_lowers_the_losses_and_logs(captioned, tmp_path, tiny_preset):
     plain = {"dropout": 0.0, "word_masking": 0.0, "soften": 0.0, "prototype_weight": 0.0, "alignment_weight": 0.0}
-    rates = {"rate": 3e-3, "text_rate": 3e-3, "vision_rate": 3e-3}
-    torch.manual_seed(0)  # such rates diverge from some starts
+    rates = {"rate": 1e-3, "text_rate": 1e-3, "vision_rate": 1e-3}
+    torch.manual_seed(0)
     run = blip_mini.Run(settings(captioned, tmp_path / "out", **plain, **rates))
     run.model.train()
     run.settings.minutes = 60
