@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from blipcore.calibration import Scoring
 from blipcore.errors import ModelError
-from blipcore.hub import EXTRAS, fingerprint
+from blipcore.hub import EXTRAS, fingerprint, part_folders
 from blipcore.hubness import FILE as HUBNESS
 from blipcore.hubness import Hubness
 from blipcore.models.blip import Blip
@@ -110,8 +110,7 @@ def _explaining(folder: Path):
 
 
 def _load_parts(folder: Path, name: str | None, dtype: torch.dtype) -> LoadedModel:
-    parts = [part for part in ("retrieval", "captioning", "vqa") if (folder / part / "config.json").exists()]
-    folders = [folder / part for part in parts] or [folder]
+    folders = part_folders(folder)
     loaded = LoadedModel(
         name=name or folder.name,
         fingerprint=fingerprint(folders),

@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from blipcore.calibration import Scoring
-from blipcore.hub import EXTRAS, canonical_name, find_model, fingerprint
+from blipcore.hub import EXTRAS, canonical_name, find_model, fingerprint, part_folders
 from blipcore.hubness import Hubness, crowdings, text_crowdings
 from blipcore.models.numpy_blip import NumpyBlip
 from blipcore.open_clip_names import is_open_clip
@@ -46,7 +46,7 @@ class ColdEncoder:
     can_match = True
 
     def __init__(self, folder: Path, part: Path, name: str):
-        extras, parts = part / EXTRAS, _parts(folder)
+        extras, parts = part / EXTRAS, part_folders(folder)
         values = json.loads(extras.read_text(encoding="utf-8")) if extras.exists() else {}
         self.name, self.fingerprint = name, fingerprint(parts)
         self.scoring = Scoring(**values.get("scoring", {}))
@@ -209,15 +209,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parts(folder: Path) -> list[Path]:
-    """The folders of a model's parts, as `blipcore.checkpoint` reads them: it is one folder, or has some."""
-    parts = [folder / part for part in ("retrieval", "captioning", "vqa")]
-    return [part for part in parts if (part / "config.json").exists()] or [folder]
-
-
 def _matching_part(folder: Path) -> Path | None:
     """Where a BLIP lies that embeds and matches; None where there is none."""
-    for part in _parts(folder):
+    for part in part_folders(folder):
         values = json.loads((part / "config.json").read_text(encoding="utf-8"))
         if values.get("model_type") == "blip":
             architectures = values.get("architectures") or ["BlipForImageTextRetrieval"]

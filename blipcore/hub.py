@@ -236,6 +236,12 @@ def _kind(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
+def part_folders(folder: Path) -> list[Path]:
+    """The folders of a model's parts; a model of one part is its own."""
+    parts = [folder / part for part in ("retrieval", "captioning", "vqa")]
+    return [part for part in parts if (part / "config.json").exists()] or [folder]
+
+
 def fingerprint(folders: list[Path]) -> str:
     """What tells two models apart: `files_fingerprint` of their weights."""
     return files_fingerprint(file for folder in folders for file in folder.glob("*.safetensors"))

@@ -44,7 +44,7 @@ class Bank(NamedTuple):
         near = vectors @ self.means.T / self.temperature + np.log(self.weights)
         highest = near.max(1, keepdims=True) if len(near) else near[:, :1]
         total = highest[:, 0] + np.log(np.exp(near - highest).sum(1))
-        spread = np.einsum("ne,ef,nf->n", vectors, self.within, vectors) / (2 * self.temperature)
+        spread = np.einsum("ne,ne->n", vectors @ self.within, vectors) / (2 * self.temperature)
         return (self.temperature * total + spread - self.centre).astype(np.float32)
 
 

@@ -265,7 +265,8 @@ class Searcher:
         lines = list(texts)
         pixels = self.encoder.pixels([picture])
         tokens = self.encoder.image_tokens(pixels)
-        itc = nearest_cosines(self.text_vectors(lines) @ self.encoder.embed_tokens(tokens)[0].T)
+        vectors = self.encoder.embed_tokens(tokens)
+        itc = nearest_cosines(self.text_vectors(lines) @ vectors[0].T)
         order = np.argsort(-itc, kind="stable")
         crowding = np.zeros(len(lines), np.float32)
         if telling:
@@ -280,7 +281,7 @@ class Searcher:
             found = self.encoder.match_tokens(tokens, [lines[i] for i in best], pairs)
             margins = dict(zip(best.tolist(), found.tolist(), strict=True))
         read = [int(i) for i in order if int(i) in margins]
-        own = self.encoder.crowding(self.encoder.embed_tokens(tokens)) if hasattr(self.encoder, "crowding") else 0.0
+        own = self.encoder.crowding(vectors) if hasattr(self.encoder, "crowding") else 0.0
         told = self._told([lines[i] for i in read], read, [margins[i] for i in read], itc[read] - own)
         for i in told:
             told[i]["score"] -= self.encoder.scoring.scale * self.encoder.scoring.itc_weight * crowding[i]

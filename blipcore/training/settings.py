@@ -128,3 +128,9 @@ def as_script(main: Callable[[], Any]) -> None:
         main()
     except ModelError as error:
         sys.exit(f"photoblip: {error}")
+
+
+def folder_and_split(source: str) -> tuple[Path, str | None]:
+    """FOLDER or FOLDER:SPLIT, as a recipe is told where photos lie. -> (folder, split or None)"""
+    folder, _, split = str(source).partition(":")
+    return Path(folder), split or None

@@ -37,7 +37,7 @@ from blipcore.training.loop import AveragedWeights, cosine_with_warmup, paramete
 from blipcore.training.objectives import caption_labels, contrastive_loss, cosines, soft_targets
 from blipcore.training.prototypes import CaptionNouns, ClassNames, ClassPrototypes, OtherNouns, without_camera
 from blipcore.training.run_log import RunLog
-from blipcore.training.settings import as_script, run_recipe_cli
+from blipcore.training.settings import as_script, folder_and_split, run_recipe_cli
 from blipcore.training.starts import load_text_start, load_vision_start, resize_positions
 from blipcore.training.wordnet import WordNet
 from blipcore.transforms import Normalizer, TextTokenizer, squash
@@ -104,7 +104,7 @@ class Corpus:
     """
 
     def __init__(self, sources: tuple[str, ...], tokenizer: TextTokenizer, teacher: Blip, max_length: int):
-        parts = [load_captioned(*_folder_and_split(source)) for source in sources]
+        parts = [load_captioned(*folder_and_split(source)) for source in sources]
         self.photos = CaptionedPhotos(
             *([item for part in parts for item in getattr(part, field)] for field in ("files", "encoded", "captions"))
         )
@@ -125,11 +125,6 @@ class Corpus:
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """One caption number for each photo."""
         return np.array([rng.choice(self.of_photo[row]) for row in rows])
-
-
-def _folder_and_split(source: str) -> tuple[Path, str | None]:
-    folder, _, split = str(source).partition(":")
-    return Path(folder), split or None
 
 
 @torch.no_grad()
@@ -244,7 +239,7 @@ class Run:
         self.drop = Dropout(s.dropout)
         fresh, classifier = fresh_model(s)
         self.corpus = Corpus(s.data, self.tokenizer, fresh, s.max_length)
-        self.dev = load_captioned(*_folder_and_split(s.dev))
+        self.dev = load_captioned(*folder_and_split(s.dev))
         self.cache = FrozenPrefixCache(s.out / "cache", self.corpus.photos, s.views, s.frozen_blocks)
         self.cache.build(fresh.eval(), self.normalize)
         self._learn_classes(classifier)

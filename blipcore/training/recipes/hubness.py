@@ -21,6 +21,7 @@ from blipcore.evaluation import embed_pool
 from blipcore.hub import EXTRAS, find_model
 from blipcore.hubness import Hubness, fit_bank
 from blipcore.training.recipes.package_model import fit_scoring
+from blipcore.training.settings import folder_and_split
 
 AT_ONCE = 32
 TEXTS, IMAGES = 1024, 256  # clusters of the two banks
@@ -31,8 +32,7 @@ def embed_data(encoder: BlipEncoder, sources: list[str]) -> tuple[np.ndarray, np
     texts, images = [], []
     with encoder.lanes() as (_, pool):
         for source in sources:
-            folder, _, split = source.partition(":")
-            photos = load_captioned(Path(folder), split or None)
+            photos = load_captioned(*folder_and_split(source))
             lines, _ = photos.texts()
 
             def of_images(start: int, photos=photos) -> np.ndarray:
