@@ -21,6 +21,7 @@ from blipcore.calibration import Scoring
 FILE = "hubness.npz"  # in a model's folder
 SIDES = ("texts", "images")
 FEWEST = 5  # members of a cluster
+ENOUGH = 500  # photos that tell better than a bank which texts lie near everything
 
 
 class Bank(NamedTuple):
@@ -50,7 +51,12 @@ class Bank(NamedTuple):
 
 def crowding_among(vectors: np.ndarray, others: np.ndarray, temperature: float) -> np.ndarray:
     """As `Bank.crowding`, of vectors [n, E] by these very others [m, E], and with no centre."""
-    near = np.asarray(vectors, np.float32) @ np.asarray(others, np.float32).T / temperature
+    return crowding_of(np.asarray(vectors, np.float32) @ np.asarray(others, np.float32).T, temperature)
+
+
+def crowding_of(cosines: np.ndarray, temperature: float) -> np.ndarray:
+    """The same of cosines [n, m] with these others."""
+    near = np.asarray(cosines, np.float32) / temperature
     highest = near.max(1, keepdims=True)
     near -= highest
     return (temperature * (highest[:, 0] + np.log(np.exp(near, out=near).mean(1)))).astype(np.float32)
@@ -95,13 +101,15 @@ def text_crowdings(
     """Likewise of texts with vectors [n, E], where they are ranked for a photo.
 
     Args:
-        among: vectors [m, E] of the photos that the texts compete for, instead of the model's own bank.
+        among: vectors [m, E] of the photos that the texts compete for, instead of the model's own bank. What these
+            very photos say is taken whole (the inverted softmax): the weight was found for a bank of others.
     """
     if hubness is None or not scoring.text_crowding_weight or not len(texts):
         return np.zeros(len(texts), np.float32)
     bank = hubness.images
-    found = bank.crowding(texts) if among is None else crowding_among(texts, among, bank.temperature)
-    return np.float32(scoring.text_crowding_weight) * found
+    if among is not None:
+        return crowding_among(texts, among, bank.temperature)
+    return np.float32(scoring.text_crowding_weight) * bank.crowding(texts)
 
 
 def _value(array: np.ndarray) -> np.ndarray | float:

@@ -15,6 +15,7 @@ from functools import partial
 import numpy as np
 from sqlalchemy import select
 
+from blipcore.hubness import ENOUGH
 from indexer.catalog import Catalog, is_present
 from indexer.errors import QueryError
 from indexer.exclusion import AGAINST, Exclusion, none_shown
@@ -31,7 +32,6 @@ TEXT_BATCH = 256
 KNOWN_TEXTS = 100_000  # texts whose vectors are kept in memory: 1 kB each
 SAMPLE = 2000  # photos of the library that a query's cosines are compared with
 NO_PHOTOS = np.zeros(0, np.int64), np.zeros(0, np.float32)
-FEWEST = 500  # photos that tell which texts lie near everything
 WIDER = 8  # texts looked at for each one that is read
 LIKELY = 0.5  # the probability from which a photo is likelier meant than not
 SPARE = 3  # candidates for each one that is wanted, where some will be left out
@@ -354,7 +354,7 @@ class Searcher:
         if not lines or not self.encoder.scoring.text_crowding_weight or not hasattr(self.encoder, "text_crowding"):
             return np.zeros(len(lines), np.float32)
         among = self._sample()
-        return self.encoder.text_crowding(self.text_vectors(lines), among if len(among) >= FEWEST else None)
+        return self.encoder.text_crowding(self.text_vectors(lines), among if len(among) >= ENOUGH else None)
 
     def cosines(self, ids: np.ndarray, vector: np.ndarray) -> np.ndarray:
         """Of photos in the index with a unit vector [E]. -> float32 [n]."""

@@ -24,6 +24,7 @@ from blipcore.evaluation.common import (
     side_by_side,
     silent,
 )
+from blipcore.hubness import ENOUGH, crowding_of
 from blipcore.metrics import recall_at_k, text_image_cosines
 from blipcore.models.blip import Blip
 from blipcore.transforms import Normalizer, TextTokenizer, squash
@@ -47,7 +48,9 @@ def retrieval(  # noqa: PLR0913 - all that an evaluation can be told
     """Evaluate on `data`'s split. -> a row {"stage", "t2i", "i2t", "seconds", ...} for ITC and, with rerank, ITM.
 
     Text to image: every caption against every photo; the best `rerank` photos of each caption are read by ITM.
-    Image to text: likewise, the best `rerank` captions of each photo (Li et al. 2021, ALBEF, section 4).
+    Image to text: likewise, the best `rerank` captions of each photo (Li et al. 2021, ALBEF, section 4). With the
+    model's scoring and `ENOUGH` photos, these very photos tell which captions lie near everything, as a library's do
+    when it describes a picture; published figures mostly look at one photo at a time.
 
     With a scoring that has a `likelihood_weight`, the decoder reads the best photos of each caption, too.
 
@@ -225,10 +228,11 @@ def rerank_both_ways(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score matrices float64 [T, I] for text to image and image to text: fused where ITM read the pair.
 
-    A text is compared with other texts of an image less what all images have in common with it.
+    A text is compared with other texts of an image less what all images have in common with it, as
+    `PhotoLibrary.describe` compares them: a pool of `ENOUGH` images tells that itself.
     """
     ours = fuse is fuse_as_model
-    crowding = encoder.scoring.text_crowding_weight * pool.text_crowding[:, None] * ours
+    crowding = _text_crowding(encoder, pool)[:, None] * ours
     of_text, of_image = (np.zeros(pool.cosines.shape, bool) for _ in range(2))
     np.put_along_axis(of_text, best_columns(pool.cosines, k), True, axis=1)
     np.put_along_axis(of_image.T, best_columns((pool.cosines - crowding).T, k), True, axis=1)
@@ -244,6 +248,14 @@ def rerank_both_ways(
         likelihood = centred(candidate_likelihoods(encoder, pool, np.arange(len(by_text)), best, progress))
         by_text[np.arange(len(best))[:, None], best] += encoder.scoring.likelihood_weight * likelihood
     return by_text, by_image
+
+
+def _text_crowding(encoder: BlipEncoder, pool: Pool) -> np.ndarray:
+    """What is taken from the cosines of texts that are ranked for an image: [T]."""
+    weight = encoder.scoring.text_crowding_weight
+    if weight and pool.text_crowding.any() and pool.cosines.shape[1] >= ENOUGH:
+        return crowding_of(pool.cosines, encoder.hubness.images.temperature)
+    return weight * pool.text_crowding
 
 
 def candidate_likelihoods(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_both_encoders_weigh_what_the_folder_says(folder, crowded, load):
     assert np.allclose(encoder.crowding(vectors), 0.5 * banks.texts.crowding(vectors))
     assert np.allclose(encoder.text_crowding(vectors), 0.25 * banks.images.crowding(vectors))
     among = drawn(30, 10, width=256)
-    assert np.allclose(encoder.text_crowding(vectors, among), 0.25 * crowding_among(vectors, among, 0.05))
+    assert np.allclose(encoder.text_crowding(vectors, among), crowding_among(vectors, among, 0.05))
     assert np.abs(encoder.crowding(vectors)).max() > 0.01
     assert not plain.crowding(vectors).any() and not plain.text_crowding(vectors, among).any()
     assert not encoder.crowding(vectors[:, None]).any()  # of a model with several vectors a photo
@@ -168,6 +169,18 @@ def test_re_ranking_takes_the_crowding_off(pool):
     assert not likelihood
     np.testing.assert_allclose(by_text, expected, atol=1e-3)
     np.testing.assert_allclose(by_image, expected - 10 * 0.25 * pool.text_crowding[:, None], atol=1e-3)
+
+
+def test_a_large_pool_tells_itself_which_texts_lie_near_everything(pool, monkeypatch):
+    encoder, pool = pool
+    by_bank = evaluation.rerank_both_ways(encoder, pool, 6)
+    monkeypatch.setattr(import_module("blipcore.evaluation.retrieval"), "ENOUGH", 4)
+    by_text, by_image = evaluation.rerank_both_ways(encoder, pool, 6)
+    np.testing.assert_allclose(by_text, by_bank[0], atol=1e-3)
+    temperature = encoder.hubness.images.temperature
+    own = temperature * np.log(np.exp(pool.cosines / temperature).mean(1))
+    np.testing.assert_allclose(by_image, by_text - 10 * own[:, None], atol=1e-3)
+    assert np.abs(by_image - by_bank[1]).max() > 0.01
 
 
 def test_the_papers_fusion_knows_of_no_crowding(pool):

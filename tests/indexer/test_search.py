@@ -260,7 +260,7 @@ def test_in_a_large_library_its_own_photos_tell_which_texts_do(open_library, pho
     library = open_library(encoder=encoder)
     library.index(photos, workers=0)
     library.describe(photos / "red.png", candidates=["a red thing"])
-    monkeypatch.setattr("indexer.search.FEWEST", 4)
+    monkeypatch.setattr("indexer.search.ENOUGH", 4)
     library.describe(photos / "red.png", candidates=["a red thing"])
     small, large = encoder.among
     assert small is None and large.shape == (4, encoder.dim)
