@@ -232,7 +232,7 @@ def rerank_both_ways(
     `PhotoLibrary.describe` compares them: a pool of `ENOUGH` images tells that itself.
     """
     ours = fuse is fuse_as_model
-    crowding = _text_crowding(encoder, pool)[:, None] * ours
+    crowding = _text_crowding(encoder, pool)[:, None] if ours else 0.0
     of_text, of_image = (np.zeros(pool.cosines.shape, bool) for _ in range(2))
     np.put_along_axis(of_text, best_columns(pool.cosines, k), True, axis=1)
     np.put_along_axis(of_image.T, best_columns((pool.cosines - crowding).T, k), True, axis=1)
@@ -253,7 +253,7 @@ def rerank_both_ways(
 def _text_crowding(encoder: BlipEncoder, pool: Pool) -> np.ndarray:
     """What is taken from the cosines of texts that are ranked for an image: [T]."""
     weight = encoder.scoring.text_crowding_weight
-    if weight and pool.text_crowding.any() and pool.cosines.shape[1] >= ENOUGH:
+    if weight and encoder.hubness and pool.cosines.shape[1] >= ENOUGH:
         return crowding_of(pool.cosines, encoder.hubness.images.temperature)
     return weight * pool.text_crowding
 
