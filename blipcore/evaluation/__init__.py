@@ -5,7 +5,7 @@ Each task is a function of its module's name that gives rows of figures; `report
 
 from blipcore.evaluation import report
 from blipcore.evaluation.captioning import captioning
-from blipcore.evaluation.classification import classification
+from blipcore.evaluation.classification import classification, read_names
 from blipcore.evaluation.retrieval import (
     Pool,
     candidate_likelihoods,
@@ -25,6 +25,7 @@ __all__ = [
     "classification",
     "embed_pool",
     "itc_recall",
+    "read_names",
     "report",
     "rerank_both_ways",
     "retrieval",

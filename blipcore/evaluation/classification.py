@@ -6,7 +6,7 @@ Radford et al. 2021 (CLIP), section 3.1.4: several prompts, their text embedding
 import re
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ def classification(
     rerank: int = 0,
     limit_per_class: int | None = None,
     exclude: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
     batch: int = 32,
     progress: Progress = silent,
 ) -> list[dict]:
@@ -72,16 +73,21 @@ def classification(
     Args:
         prompts: sentences with {} where the class name goes; `PROMPTS` where empty.
         rerank: how many of a photo's best classes ITM reads, in the first prompt.
+        names: {folder: the class's name}, where the folder's own name, as `clean_name` reads it, is not what people
+            call it, such as Caltech-101's "airplanes" (see `read_names`).
 
     Raises:
-        ModelError: the data, a photo, a prompt or the model cannot be used.
+        ModelError: the data, a photo, a prompt, a name or the model cannot be used.
     """
     templates = checked_prompts(prompts or PROMPTS)
     photos = open_classes(Path(data), exclude, limit_per_class)
+    called = class_names(photos.classes, names or {}, exclude)
     encoder = need_encoder(model)
     started = time.monotonic()
-    itc, itm = score_classes(encoder, photos, templates, rerank=rerank, batch=batch, progress=progress)
+    itc, itm = score_classes(encoder, photos, called, templates, rerank=rerank, batch=batch, progress=progress)
     shape = {"classes": len(photos.classes), "photos": len(photos.rows), "prompts": list(templates)}
+    if names:
+        shape["names"] = {folder: name for folder, name in names.items() if folder in photos.classes}
     shape |= {"model": encoder.name, "seconds": round(time.monotonic() - started, 1)}
     rows = [{"stage": "itc", **figures(itc, photos), **shape}]
     if rerank:
@@ -105,14 +111,14 @@ def figures(scores: np.ndarray, photos: LabelledPhotos) -> dict:
 def score_classes(
     encoder: BlipEncoder,
     photos: LabelledPhotos,
+    names: Sequence[str],
     templates: Sequence[str],
     *,
     rerank: int = 0,
     batch: int = 32,
     progress: Progress = silent,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """-> scores [P, C] of ITC and of both stages, which share a batch's image tokens."""
-    names = [clean_name(name) for name in photos.classes]
+    """-> scores [P, C] of ITC and of both stages, which share a batch's image tokens; `names` are the classes'."""
     prototypes = class_embeddings(encoder, names, templates)
     texts = [fill(templates[0], name) for name in names]
     itc, itm = [], []
@@ -147,6 +153,29 @@ def clean_name(folder: str) -> str:
     """A folder's name as words: "012.Sea_Horse" and "SeaHorse" are "sea horse"."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", re.sub(r"^\d+[._ -]+", "", folder))
     return " ".join(re.split(r"[\s_-]+", spaced.lower())).strip() or folder
+
+
+def class_names(folders: Sequence[str], given: Mapping[str, str], exclude: Sequence[str] = ()) -> list[str]:
+    """The name of each class: the given one, or its folder's; ModelError for one given to no class there is."""
+    if unknown := sorted(set(given) - set(folders) - set(exclude)):
+        raise ModelError(f"there is no class {', '.join(unknown)} to name: check the first column of the names")
+    return [given.get(folder) or clean_name(folder) for folder in folders]
+
+
+def read_names(file: Path) -> dict[str, str]:
+    """Lines of a class's folder, a tab and its name -> {folder: name}; ModelError names the line that is none."""
+    names = {}
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read as class names: {error}") from error
+    for number, line in enumerate(lines, 1):
+        folder, _, name = (part.strip() for part in line.partition("\t"))
+        if line.strip() and not (folder and name):
+            raise ModelError(f"{file}, line {number}: write a class's folder, a tab and its name")
+        if line.strip():
+            names[folder] = name
+    return names
 
 
 def fill(template: str, name: str) -> str:

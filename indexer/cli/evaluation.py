@@ -93,12 +93,16 @@ def evaluate_classification(
     rerank: Annotated[int, typer.Option(min=0, help="Best classes that ITM reads, in the first prompt.")] = 0,
     limit_per_class: Annotated[int | None, typer.Option(min=1, help="Only the first photos of a class.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="A class to leave out; repeat it.")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="Lines of a class's folder, a tab and its name, for those called otherwise.")
+    ] = None,
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Zero-shot top-1 and top-5 over classes known by their folders' names."""
+    """Zero-shot top-1 and top-5 over classes known by their folders' names, or by those of --names."""
     from blipcore import evaluation
 
+    called = evaluation.read_names(names) if names else None
     with _measuring(plot) as progress:
         rows = evaluation.classification(
             data,
@@ -107,6 +111,7 @@ def evaluate_classification(
             rerank=rerank,
             limit_per_class=limit_per_class,
             exclude=exclude or (),
+            names=called,
             progress=progress,
         )
     _print_figures(rows, evaluation.report.classification_table(rows), as_json)

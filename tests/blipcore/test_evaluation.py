@@ -260,7 +260,7 @@ def test_itm_reads_the_best_classes_and_leaves_the_others_behind(encoder, colour
     itc, one = evaluation.classification(colours, encoder, rerank=1)
     assert all(itc[name] == one[name] for name in ("top1", "top5", "per_class"))  # the first alone stays the first
     photos = open_classes(colours)
-    itc, itm = score_classes(encoder, photos, PROMPTS[:1], rerank=3)
+    itc, itm = score_classes(encoder, photos, photos.classes, PROMPTS[:1], rerank=3)
     pixels = encoder.pixels([photos.pictures(4, 5)[0]])
     best = np.argsort(-itc[4], kind="stable")
     texts = [f"a photo of a {photos.classes[c]}" for c in best[:3]]
@@ -275,6 +275,31 @@ def test_itm_reads_the_best_classes_and_leaves_the_others_behind(encoder, colour
 )
 def test_folders_become_names(folder, name):
     assert clean_name(folder) == name
+
+
+def test_classes_are_called_what_the_names_say(colours, tmp_path):
+    """Red photos under a folder's name that says nothing: wrong, until the class is called red."""
+    (colours / "red").rename(colours / "class7")
+    (row,) = evaluation.classification(colours, ColourEncoder())
+    assert row["per_class"]["class7"] == 0 and "names" not in row
+    file = tmp_path / "names.tsv"
+    file.write_text("class7\tred\n\nwhite\twhite\n")
+    assert evaluation.read_names(file) == {"class7": "red", "white": "white"}
+    (row,) = evaluation.classification(
+        colours, ColourEncoder(), names=evaluation.read_names(file), exclude=["white"]
+    )
+    assert row["top1"] == 100 and row["per_class"]["class7"] == 100 and row["names"] == {"class7": "red"}
+
+
+def test_names_that_cannot_be_used_are_told_by_their_place(colours, tmp_path):
+    with pytest.raises(ModelError, match="no class purple to name"):
+        evaluation.classification(colours, ColourEncoder(), names={"purple": "red", "blue": "blue"})
+    file = tmp_path / "names.tsv"
+    file.write_text("red\tred\nblue\n")
+    with pytest.raises(ModelError, match="line 2: write a class's folder, a tab and its name"):
+        evaluation.read_names(file)
+    with pytest.raises(ModelError, match="cannot be read as class names"):
+        evaluation.read_names(tmp_path / "nowhere.tsv")
 
 
 def test_a_prompt_takes_an_before_a_vowel():
