@@ -62,7 +62,6 @@ def classification(
     limit_per_class: int | None = None,
     exclude: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
-    batch: int = 32,
     progress: Progress = silent,
 ) -> list[dict]:
     """Classify a folder or tar of `<class>/<photo>`. -> a row of figures for ITC and, with rerank, ITM.
@@ -84,7 +83,7 @@ def classification(
     called = class_names(photos.classes, names or {}, exclude)
     encoder = need_encoder(model)
     started = time.monotonic()
-    itc, itm = score_classes(encoder, photos, called, templates, rerank=rerank, batch=batch, progress=progress)
+    itc, itm = score_classes(encoder, photos, called, templates, rerank=rerank, progress=progress)
     shape = {"classes": len(photos.classes), "photos": len(photos.rows), "prompts": list(templates)}
     if names:
         shape["names"] = {folder: name for folder, name in names.items() if folder in photos.classes}

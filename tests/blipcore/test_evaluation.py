@@ -230,10 +230,11 @@ def colours(tmp_path):
 
 
 def test_colours_are_classified_by_their_names(colours):
-    steps = []
-    (row,) = evaluation.classification(colours, ColourEncoder(), batch=5, progress=lambda *step: steps.append(step))
+    (row,) = evaluation.classification(colours, ColourEncoder())
     assert (row["top1"], row["top5"], row["mean_per_class"]) == (100, 100, 100)
     assert (row["classes"], row["photos"]) == (6, 12) and list(row["per_class"]) == sorted(NAMED)
+    steps, photos = [], open_classes(colours)
+    score_classes(ColourEncoder(), photos, photos.classes, PROMPTS, batch=5, progress=lambda *step: steps.append(step))
     assert steps == [("photos", 5, 12), ("photos", 10, 12), ("photos", 12, 12)]
 
 
@@ -285,9 +286,7 @@ def test_classes_are_called_what_the_names_say(colours, tmp_path):
     file = tmp_path / "names.tsv"
     file.write_text("class7\tred\n\nwhite\twhite\n")
     assert evaluation.read_names(file) == {"class7": "red", "white": "white"}
-    (row,) = evaluation.classification(
-        colours, ColourEncoder(), names=evaluation.read_names(file), exclude=["white"]
-    )
+    (row,) = evaluation.classification(colours, ColourEncoder(), names=evaluation.read_names(file), exclude=["white"])
     assert row["top1"] == 100 and row["per_class"]["class7"] == 100 and row["names"] == {"class7": "red"}
 
 

@@ -2,13 +2,14 @@
 
 import json
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from blipcore.captioned import CaptionedPhotos, load_captioned, open_captioned
-from blipcore.checkpoint import save
+from blipcore.checkpoint import load_folder, save
 from blipcore.encoder import load_encoder
 from blipcore.errors import ModelError
 from blipcore.evaluation import Pool, retrieval
@@ -23,6 +24,7 @@ from blipcore.training.recipes import (
     blip_mini,
     finetune_captioning,
     finetune_retrieval,
+    names,
     package_model,
     pretrain_blip,
 )
@@ -373,6 +375,68 @@ def test_kinds_come_from_wordnets_files(wordnet):
     drawn = set(names.draw(np.zeros(400, int), np.random.default_rng(0)))
     assert drawn == {"airliner", "jetliner", "airplane", "plane", "aircraft", "vehicle"}
     assert wordnet.is_noun("planes") and not wordnet.is_noun("runs")
+
+
+@pytest.fixture
+def weights_of_tiny(tmp_path):
+    return str(save(tiny_blip(), tmp_path / "tiny", TextTokenizer(TOKENIZER), mean=(0.5,) * 3, std=(0.5,) * 3))
+
+
+def test_names_come_with_wordnets_words_the_common_ones_first(wordnet):
+    found = names.names_of_things(wordnet, {"plane", "carp"}, 100)
+    assert {name.name for name in found if name.common} == {"carp", "plane"} == {name.name for name in found[:2]}
+    by_name = {name.name: name for name in found}
+    assert "stone" not in by_name and "fish" not in by_name and "joy" not in by_name  # no kind, or not to be seen
+    assert by_name["plane"].synonyms == ["airplane"] and by_name["plane"].kind == "aircraft"
+    assert by_name["carp"].described() == ("carp, a kind of fish", "carp, it swims too")
+    assert len(names.names_of_things(wordnet, set(), 3)) == 3
+
+
+def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
+    captioned, tmp_path, wordnet, weights_of_tiny
+):
+    loaded = load_folder(Path(weights_of_tiny))
+    s = names.Settings(
+        data=captioned, split="train", dev="dev", wordnet=tmp_path, start=weights_of_tiny, out=tmp_path / "out",
+        steps=60, batch_size=16, rate=1e-3, device="cpu", precision="fp32", read=4, captions=8, pairs=4, often=2,
+        warmup=1,
+    )  # fmt: skip
+    things = names.names_of_things(wordnet, loaded.tokenizer.words(), s.names)
+    known = names.what_it_knows(loaded, open_captioned(captioned, "train"), things, s)
+    assert known.photos.shape == (8, 256) and len(known.tokens) == 4
+
+    def away(model) -> tuple[float, float]:
+        """How far the bare names' order of the photos is from that of the described, and captions from the start's."""
+        with torch.no_grad():
+            bare = names._embed(model, loaded.tokenizer, [thing.name for thing in things])
+            lines = [text for word in WORDS for text in (f"A {word} thing .", f'something "{word}" here')]
+            ids, mask = loaded.tokenizer(lines)
+            moved = 1 - (names.text_vectors(model, ids, mask) * names.text_vectors(loaded.retrieval, ids, mask)).sum(1)
+            scores = [each @ known.photos.T / s.temperature for each in (bare, known.wanted)]
+            return names._divergence(*scores).item(), moved.max().item()
+
+    figures = names.train(s)
+    assert {"t2i", "i2t"} <= figures.keys()
+    after = load_folder(tmp_path / "out" / "model").retrieval
+    assert away(after)[0] < 0.5 * away(loaded.retrieval)[0]
+    assert away(after)[1] < 0.05
+    for name, parameter in loaded.retrieval.state_dict().items():
+        learnt = name.startswith("text_encoder.") and ".crossattention." not in name
+        if not learnt and not name.startswith("text_decoder."):  # which shares with it
+            torch.testing.assert_close(after.state_dict()[name], parameter, atol=1e-3, rtol=1e-3, msg=name)
+    words = "text_encoder.embeddings.word_embeddings.weight"
+    ids = {word: loaded.tokenizer([word])[0][0, 1].item() for word in ("red", "carp")}
+    moved = (after.state_dict()[words] - loaded.retrieval.state_dict()[words]).abs().amax(1)
+    assert moved[ids["red"]] < 1e-3 < moved[ids["carp"]]  # captions say red; float16 rounds
+
+
+def test_names_need_a_wordnet_that_names_something(captioned, tmp_path, wordnet, weights_of_tiny):
+    (tmp_path / "data.noun").write_text("00000080 06 n 01 stone 0 000 | near nothing\n")
+    (tmp_path / "index.noun").write_text("stone n 1 0 1 0 00000080  \n")
+    with pytest.raises(ModelError, match="names no things that can be seen"):
+        names.train(
+            names.Settings(data=captioned, split="train", wordnet=tmp_path, start=weights_of_tiny, out=tmp_path / "x")
+        )
 
 
 def test_other_nouns_know_the_classes_nearest_to_them(wordnet):
