@@ -349,6 +349,9 @@ WORDNET = """
 00000060 05 n 01 fish 0 000 | it swims
 00000061 05 n 01 carp 0 001 @ 00000060 n 0000 | it swims too
 00000062 05 n 01 Cyprinus_carpio_12 0 001 @ 00000060 n 0000 | not a plain word
+00000063 13 n 01 bass 0 001 @ 00000064 n 0000 | its lean flesh
+00000064 13 n 01 dish 0 000 | what is eaten
+00000065 05 n 01 bass 1 001 @ 00000060 n 0000 | a spiny fish
 00000070 12 n 01 joy 0 001 @ 00000030 n 0000 | not concrete
 00000080 06 n 01 stone 0 000 | near nothing
 """
@@ -383,13 +386,22 @@ def weights_of_tiny(tmp_path):
 
 
 def test_names_come_with_wordnets_words_the_common_ones_first(wordnet):
-    found = names.names_of_things(wordnet, {"plane", "carp"}, 100)
+    known = names.known_names([["two Carps", "a carp"], ["a big thing"]], 2, imagenet=False)
+    assert known("carp") and not known("thing") and not known("carp thing")
+    found = names.names_of_things(wordnet, {"plane", "carp"}, known, 100)
     assert {name.name for name in found if name.common} == {"carp", "plane"} == {name.name for name in found[:2]}
     by_name = {name.name: name for name in found}
     assert "stone" not in by_name and "fish" not in by_name and "joy" not in by_name  # no kind, or not to be seen
     assert by_name["plane"].synonyms == ["airplane"] and by_name["plane"].kind == "aircraft"
     assert by_name["carp"].described() == ("carp, a kind of fish", "carp, it swims too")
-    assert len(names.names_of_things(wordnet, set(), 3)) == 3
+    assert by_name["bass"].kind == "fish"  # the animal before the dish that people speak of more
+    assert {name: by_name[name].drawn() for name in ("carp", "plane", "tench")} == {"carp": 3, "plane": 6, "tench": 1}
+    assert len(names.names_of_things(wordnet, set(), known, 3)) == 3
+
+
+def test_the_names_of_imagenets_classes_may_count_as_known():
+    known = names.known_names([], 2, imagenet=True)
+    assert known("goldfish") and not known("ibis")
 
 
 def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
@@ -401,9 +413,13 @@ def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
         steps=60, batch_size=16, rate=1e-3, device="cpu", precision="fp32", read=4, captions=8, pairs=4, often=2,
         warmup=1,
     )  # fmt: skip
-    things = names.names_of_things(wordnet, loaded.tokenizer.words(), s.names)
-    known = names.what_it_knows(loaded, open_captioned(captioned, "train"), things, s)
-    assert known.photos.shape == (8, 256) and len(known.tokens) == 4
+    known = names.known_names([["a tench"]], 1, imagenet=False)
+    things = names.names_of_things(wordnet, loaded.tokenizer.words(), known, s.names)
+    before = names.what_it_knows(loaded, open_captioned(captioned, "train"), things, s)
+    assert before.photos.shape == (8, 256) and len(before.tokens) == 4
+    bare = names._embed(loaded.retrieval, loaded.tokenizer, [thing.name for thing in things])
+    stays = torch.isclose(bare, before.wanted, atol=1e-3).all(1)
+    assert [thing.name for thing, each in zip(things, stays, strict=True) if each] == ["tench"]  # which is known
 
     def away(model) -> tuple[float, float]:
         """How far the bare names' order of the photos is from that of the described, and captions from the start's."""
@@ -412,7 +428,7 @@ def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
             lines = [text for word in WORDS for text in (f"A {word} thing .", f'something "{word}" here')]
             ids, mask = loaded.tokenizer(lines)
             moved = 1 - (names.text_vectors(model, ids, mask) * names.text_vectors(loaded.retrieval, ids, mask)).sum(1)
-            scores = [each @ known.photos.T / s.temperature for each in (bare, known.wanted)]
+            scores = [each @ before.photos.T / s.temperature for each in (bare, before.wanted)]
             return names._divergence(*scores).item(), moved.max().item()
 
     figures = names.train(s)

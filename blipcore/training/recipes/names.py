@@ -1,19 +1,21 @@
 """Teach a BLIP what words name: `photoblip train names --data DIR --wordnet DIR --out DIR`.
 
 A text tower that learnt from captions places "ibis, a wading bird with a long curved bill" better than "ibis" (Menon
-and Vondrick 2023, "Visual classification via description from large language models"). So its own vectors of names with
-WordNet's words beside them (synonyms, kind, gloss) are what the bare names learn: each is to rank the photos of DIR as
-the described ones do, and each photo the names. No photo of the thing and no caption that names it are needed, and no
-image part is trained.
+and Vondrick 2023, "Visual classification via description from large language models"). So where its own vectors of a
+name's kind, gloss and synonyms in WordNet lie is where the bare name learns to lie: it is to rank the photos of DIR as
+these do, and each photo the names. No photo of the thing and no caption that names it are needed, and no image part is
+trained.
 
-What the model knew is held: captions' vectors, what ITM and the decoder make of captions and photos, and the vectors of
-the words that captions use. A tied BLIP (blip-mini) shares weights with its decoder, hence the last but one. DIR holds
-captioned photos, WordNet's folder `data.noun` and `index.noun`. OUT/model is the result; its scoring is the start's, so
-`photoblip train hubness` should fit it anew.
+What the model knew is held: names that captions use and, with `--imagenet yes`, those of ImageNet's classes, which
+blip-mini was taught; captions' vectors and those of their words; and what ITM and the decoder make of captions and
+photos (a tied BLIP shares weights with its decoder). DIR holds captioned photos, WordNet's folder `data.noun` and
+`index.noun`. OUT/model is the result; its scoring is the start's, so `photoblip train hubness` should fit it anew.
 """
 
 import copy
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +35,14 @@ from blipcore.models.text import image_keys_values, text_states
 from blipcore.training import distributed
 from blipcore.training.loop import fit
 from blipcore.training.objectives import caption_labels
-from blipcore.training.prototypes import TEMPLATES, in_sentences, is_plain
+from blipcore.training.prototypes import TEMPLATES, ClassNames, in_sentences, is_plain
 from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.wordnet import CONCRETE, WordNet
 from blipcore.transforms import TextTokenizer, squash
 
 FIELDS = (*CONCRETE, 8, 17)  # and parts of the body, things in nature
-SAID_OFTEN = 6  # times as often as others names of a tokenizer's whole words are drawn
+FOOD = 13  # a lobster is an animal first
+DRAWN_KNOWN, DRAWN_COMMON = 3, 6  # times as often as others: known names, and names of a tokenizer's whole words
 SPECIAL = 1000  # BERT's first ids are no words
 GLOSS = 120  # characters
 
@@ -57,7 +60,8 @@ class Settings(LoopSettings):
     photos: int = 4000  # of the data, whose order names learn
     read: int = 300  # of these, whose image tokens are kept, to hold ITM and the decoder
     names: int = 16000  # WordNet's, the tokenizer's whole words first
-    often: int = 20  # times from which a word stands in captions so often that its own vector is left alone
+    often: int = 20  # times from which a word stands in captions so often that it counts as known
+    imagenet: bool = False  # the names of ImageNet's classes are known too
     temperature: float = 0.05  # of the cosines of names and photos
     against: int = 512  # photos a step that names are told apart by
     captions: int = 64  # a step whose vectors are held
@@ -67,38 +71,55 @@ class Settings(LoopSettings):
     hold_writing: float = 0.5
     word_rate: float = 10.0  # times `rate`: the words' vectors
     batch_size: int = 256  # names
-    rate: float = 5e-5
+    rate: float = 1e-4
     warmup: int = 20
     weight_decay: float = 0.0
     clip: float = 0.0
 
 
 class Name(NamedTuple):
-    """A thing's name, and all that WordNet calls it and says of it."""
+    """A thing's name, and what WordNet calls it and says of it.
+
+    Attributes:
+        known: whether the start knows it: then it stays where it is. common: whether all its words are a tokenizer's.
+    """
 
     name: str
     synonyms: list[str]
     kind: str
     gloss: str
+    known: bool
     common: bool
 
     def described(self) -> tuple[str, str]:
         """The name with its kind, and with its gloss."""
         return f"{self.name}, a kind of {self.kind}", f"{self.name}, {self.gloss[:GLOSS]}"
 
+    def drawn(self) -> int:
+        return DRAWN_KNOWN if self.known else DRAWN_COMMON if self.common else 1
 
-def names_of_things(wordnet: WordNet, words: set[str], most: int, seed: int = 0) -> list[Name]:
-    """Plain names of things that can be seen, by their first meaning: of whole `words` first, others at random."""
+
+def known_names(captions: Sequence[Sequence[str]], often: int, *, imagenet: bool) -> Callable[[str], bool]:
+    """-> whether a name is known: it is a class's, or captions say each of its words, or its plural, `often`."""
+    said = Counter(re.findall("[a-z]+", " ".join(text for texts in captions for text in texts).lower()))
+    classes = {name for names in ClassNames.of_imagenet().own for name in names} if imagenet else set()
+    return lambda name: name in classes or all(said[word] + said[word + "s"] >= often for word in name.split())
+
+
+def names_of_things(
+    wordnet: WordNet, words: set[str], known: Callable[[str], bool], most: int, seed: int = 0
+) -> list[Name]:
+    """Plain names of things that can be seen: those of a tokenizer's whole `words` first, then others at random."""
     found = []
-    for offset, synset in wordnet.synsets.items():
-        if synset.field not in FIELDS or not synset.above:
-            continue
-        kind = wordnet.synsets[synset.above[0]].words[0]
-        own = [name for name in synset.words if is_plain(name) and wordnet.senses.get(name, [offset])[0] == offset]
-        found += [
-            Name(name, [n for n in own if n != name], kind, synset.gloss, words.issuperset(name.split()))
-            for name in own
-        ]
+    for name, offsets in wordnet.senses.items():
+        meanings = [wordnet.synsets[offset] for offset in offsets]
+        seen = [meaning for meaning in meanings if meaning.field in FIELDS and meaning.above]
+        if seen and is_plain(name):
+            meaning = min(seen, key=lambda meaning: meaning.field == FOOD)  # the most frequent of the others
+            synonyms = [word for word in meaning.words if word != name and is_plain(word)]
+            kind = wordnet.synsets[meaning.above[0]].words[0]
+            common = words.issuperset(name.split())
+            found.append(Name(name, synonyms, kind, meaning.gloss, known(name), common))
     order = np.random.default_rng(seed).permutation(len(found))
     return sorted((found[at] for at in order), key=lambda name: not name.common)[:most]
 
@@ -107,7 +128,7 @@ class Known(NamedTuple):
     """What the start makes of photos and names. N names, I photos, R of which keep their tokens.
 
     Attributes:
-        photos: unit vectors [I, E]. tokens: float16 [R, P, D]. wanted: unit vectors [N, E] of the described names.
+        photos: unit vectors [I, E]. tokens: float16 [R, P, D]. wanted: unit vectors [N, E], where the names should lie.
     """
 
     photos: Tensor
@@ -128,12 +149,25 @@ def what_it_knows(loaded: LoadedModel, photos: PhotoIndex, names: Sequence[Name]
             vectors.append(model.project_images(tokens).float())
         if at < s.read:
             kept.append(tokens.half())
-    bare = _embed(model, tokenizer, [name.name for name in names])
-    kind, gloss = (_embed(model, tokenizer, list(texts)) for texts in zip(*(n.described() for n in names), strict=True))
-    row = {name.name: at for at, name in enumerate(names)}
-    called = torch.stack([bare[[row[n] for n in (each.name, *each.synonyms) if n in row]].mean(0) for each in names])
-    wanted = F.normalize(bare + kind + gloss + F.normalize(called, dim=1), dim=1)
+    wanted = _embed(model, tokenizer, [name.name for name in names])
+    unknown = [row for row, name in enumerate(names) if not name.known]
+    if unknown:
+        kind, gloss = (
+            _embed(model, tokenizer, list(texts))
+            for texts in zip(*(names[row].described() for row in unknown), strict=True)
+        )
+        row_of = {name.name: row for row, name in enumerate(names)}
+        wanted[unknown] = F.normalize(kind + gloss + _synonyms(wanted, [names[row] for row in unknown], row_of), dim=1)
     return Known(torch.cat(vectors), torch.cat(kept)[: s.read], wanted)
+
+
+def _synonyms(bare: Tensor, names: Sequence[Name], row_of: dict[str, int]) -> Tensor:
+    """Unit vectors [N, E] of the names' synonyms among the bare names, 0 where a name has none."""
+    found = torch.zeros(len(names), bare.shape[1], device=bare.device)
+    for at, name in enumerate(names):
+        if rows := [row_of[word] for word in name.synonyms if word in row_of]:
+            found[at] = F.normalize(bare[rows].mean(0), dim=0)
+    return found
 
 
 def _embed(model: Blip, tokenizer: TextTokenizer, names: list[str]) -> Tensor:
@@ -210,7 +244,7 @@ class Texts:
 
     def __init__(self, names: Sequence[Name], captions: Sequence[Sequence[str]], tokenizer: TextTokenizer, s: Settings):
         self.names, self.captions, self.tokenizer, self.settings = names, captions, tokenizer, s
-        self.source = [row for row, name in enumerate(names) for _ in range(SAID_OFTEN if name.common else 1)]
+        self.source = [row for row, name in enumerate(names) for _ in range(name.drawn())]
 
     def transform(self, row: int, rng: np.random.Generator) -> tuple[int, str, str, int, str]:
         """A name's row -> (it, the name in a sentence, any caption, a photo with kept tokens, a caption of that)."""
@@ -251,11 +285,12 @@ def train(s: Settings) -> dict:
     loaded = load_folder(find_model(s.start), s.start)
     model, tokenizer = loaded.need_blip(), loaded.tokenizer
     photos = open_captioned(s.data, s.split or None, images=s.images)
-    names = names_of_things(WordNet(s.wordnet), tokenizer.words(), s.names, s.seed)
+    captions = [photos[row].captions for row in range(len(photos))]
+    known = known_names(captions, s.often, imagenet=s.imagenet)
+    names = names_of_things(WordNet(s.wordnet), tokenizer.words(), known, s.names, s.seed)
     if not names:
         raise ModelError(f"{s.wordnet} names no things that can be seen: give WordNet's folder of data.noun")
-    known = what_it_knows(loaded, photos, names, s)
-    captions = [photos[row].captions for row in range(len(photos))]
+    before = what_it_knows(loaded, photos, names, s)
     leave_alone(model, captions, tokenizer, s.often)
     texts = Texts(names, captions, tokenizer, s)
     words = model.text_encoder.embeddings.word_embeddings.weight
@@ -263,7 +298,7 @@ def train(s: Settings) -> dict:
     groups = [{"params": others}, {"params": [words], "scale": s.word_rate}]
     dev = open_captioned(s.data, s.dev, images=s.images).load() if s.dev else None
     figures = fit(
-        Naming(model, known, s),
+        Naming(model, before, s),
         texts.source,
         texts.transform,
         texts.collate,
