@@ -33,7 +33,7 @@ from blipcore.hub import find_model
 from blipcore.models.blip import Blip, starting_with
 from blipcore.models.text import image_keys_values, text_states
 from blipcore.training import distributed
-from blipcore.training.loop import fit
+from blipcore.training.loop import fit, wants_bf16
 from blipcore.training.objectives import caption_labels
 from blipcore.training.prototypes import TEMPLATES, ClassNames, in_sentences, is_plain
 from blipcore.training.settings import LoopSettings, as_script, run_and_print
@@ -141,19 +141,20 @@ def what_it_knows(loaded: LoadedModel, photos: PhotoIndex, names: Sequence[Name]
     """Before any training."""
     model, tokenizer = loaded.need_blip().eval(), loaded.tokenizer
     size, count = model.config.vision_config.image_size, min(len(photos), s.photos)
+    bf16 = wants_bf16(s.precision, model.device.type)
     vectors, kept = [], []
     for at in range(0, count, 32):
         pixels = np.stack([squash(photos[i].image(), size) for i in range(at, min(count, at + 32))])
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             tokens = model.encode_images(loaded.normalize(pixels).to(model.device))
             vectors.append(model.project_images(tokens).float())
         if at < s.read:
             kept.append(tokens.half())
-    wanted = _embed(model, tokenizer, [name.name for name in names])
+    wanted = _embed(model, tokenizer, [name.name for name in names], bf16=bf16)
     unknown = [row for row, name in enumerate(names) if not name.known]
     if unknown:
         kind, gloss = (
-            _embed(model, tokenizer, list(texts))
+            _embed(model, tokenizer, list(texts), bf16=bf16)
             for texts in zip(*(names[row].described() for row in unknown), strict=True)
         )
         row_of = {name.name: row for row, name in enumerate(names)}
@@ -170,7 +171,7 @@ def _synonyms(bare: Tensor, names: Sequence[Name], row_of: dict[str, int]) -> Te
     return found
 
 
-def _embed(model: Blip, tokenizer: TextTokenizer, names: list[str]) -> Tensor:
+def _embed(model: Blip, tokenizer: TextTokenizer, names: list[str], *, bf16: bool = False) -> Tensor:
     """Unit vectors [N, E], the mean over three sentences."""
     order = sorted(range(len(names)), key=lambda at: len(names[at]))  # texts of a batch of about one length
     found = torch.zeros(len(names), model.text_proj.out_features, device=model.device)
@@ -178,7 +179,7 @@ def _embed(model: Blip, tokenizer: TextTokenizer, names: list[str]) -> Tensor:
         for at in range(0, len(order), 256):
             rows = order[at : at + 256]
             ids, mask = tokenizer([template.format(names[row]) for row in rows])
-            with torch.autocast(model.device.type, torch.bfloat16):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
                 found[rows] += text_vectors(model, ids.to(model.device), mask.to(model.device))
     return F.normalize(found, dim=1)
 
