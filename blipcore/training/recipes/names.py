@@ -249,7 +249,7 @@ class Texts:
 
     def transform(self, row: int, rng: np.random.Generator) -> tuple[int, str, str, int, str]:
         """A name's row -> (it, the name in a sentence, any caption, a photo with kept tokens, a caption of that)."""
-        photo = int(rng.integers(min(self.settings.read, len(self.captions))))
+        photo = int(rng.integers(min(self.settings.read, self.settings.photos, len(self.captions))))
         any_photo = self.captions[int(rng.integers(len(self.captions)))]
         sentence = in_sentences([self.names[row].name], rng)[0]
         return row, sentence, str(rng.choice(any_photo)), photo, str(rng.choice(self.captions[photo]))
