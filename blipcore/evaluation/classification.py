@@ -165,7 +165,7 @@ def read_names(file: Path) -> dict[str, str]:
     """Lines of a class's folder, a tab and its name -> {folder: name}; ModelError names the line that is none."""
     names = {}
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as class names: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -179,7 +179,7 @@ def read_names(file: Path) -> dict[str, str]:
 
 def fill(template: str, name: str) -> str:
     """The name in its sentence, "a" before a vowel made "an"."""
-    if name[0] in "aeiou":
+    if name[0].lower() in "aeiou":
         template = re.sub(r"\ba \{\}", "an {}", template)
     return template.replace("{}", name)
 

@@ -396,6 +396,7 @@ def test_names_come_with_wordnets_words_the_common_ones_first(wordnet):
     assert by_name["carp"].described() == ("carp, a kind of fish", "carp, it swims too")
     assert by_name["bass"].kind == "fish"  # the animal before the dish that people speak of more
     assert {name: by_name[name].drawn() for name in ("carp", "plane", "tench")} == {"carp": 3, "plane": 6, "tench": 1}
+    assert names.names_of_things(wordnet, set(), known, 1)[0].name == "carp"  # what is known is there to be held
     assert len(names.names_of_things(wordnet, set(), known, 3)) == 3
 
 
@@ -404,15 +405,19 @@ def test_the_names_of_imagenets_classes_may_count_as_known():
     assert known("goldfish") and not known("ibis")
 
 
+def names_settings(captioned, tmp_path, start: str, out: str, **values) -> names.Settings:
+    defaults = {"steps": 60, "batch_size": 16, "rate": 1e-3, "device": "cpu", "precision": "fp32", "read": 4}
+    defaults |= {"captions": 8, "pairs": 4, "often": 2, "warmup": 1}
+    return names.Settings(
+        data=captioned, split="train", wordnet=tmp_path, start=start, out=tmp_path / out, **(defaults | values)
+    )
+
+
 def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
     captioned, tmp_path, wordnet, weights_of_tiny
 ):
     loaded = load_folder(Path(weights_of_tiny))
-    s = names.Settings(
-        data=captioned, split="train", dev="dev", wordnet=tmp_path, start=weights_of_tiny, out=tmp_path / "out",
-        steps=60, batch_size=16, rate=1e-3, device="cpu", precision="fp32", read=4, captions=8, pairs=4, often=2,
-        warmup=1,
-    )  # fmt: skip
+    s = names_settings(captioned, tmp_path, weights_of_tiny, "out", dev="dev")
     known = names.known_names([["a tench"]], 1, imagenet=False)
     things = names.names_of_things(wordnet, loaded.tokenizer.words(), known, s.names)
     before = names.what_it_knows(loaded, open_captioned(captioned, "train"), things, s)
@@ -436,14 +441,44 @@ def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
     after = load_folder(tmp_path / "out" / "model").retrieval
     assert away(after)[0] < 0.5 * away(loaded.retrieval)[0]
     assert away(after)[1] < 0.05
+    trained = "text_encoder.encoder.layer."
     for name, parameter in loaded.retrieval.state_dict().items():
-        learnt = name.startswith("text_encoder.") and ".crossattention." not in name
-        if not learnt and not name.startswith("text_decoder."):  # which shares with it
+        own = name.replace("text_decoder.bert.", "text_encoder.")  # shared, but for self-attention
+        shared = own.startswith(trained) and (name == own or ".attention." not in name)
+        learnt = (
+            (shared and ".crossattention." not in name)
+            or "word_embeddings" in name
+            or "cls.predictions.decoder" in name
+        )
+        if not learnt:
             torch.testing.assert_close(after.state_dict()[name], parameter, atol=1e-3, rtol=1e-3, msg=name)
     words = "text_encoder.embeddings.word_embeddings.weight"
     ids = {word: loaded.tokenizer([word])[0][0, 1].item() for word in ("red", "carp")}
     moved = (after.state_dict()[words] - loaded.retrieval.state_dict()[words]).abs().amax(1)
     assert moved[ids["red"]] < 1e-3 < moved[ids["carp"]]  # captions say red; float16 rounds
+
+
+def test_what_itm_and_the_decoder_say_is_held(captioned, tmp_path, wordnet, weights_of_tiny):
+    """They share weights with the text tower, and move by a fraction of what they would."""
+    loaded = load_folder(Path(weights_of_tiny))
+    s = names_settings(captioned, tmp_path, weights_of_tiny, "held")
+    photos = open_captioned(captioned, "train")
+    things = names.names_of_things(wordnet, set(), lambda _: False, 9)
+    before = names.what_it_knows(loaded, photos, things, s)
+    texts = names.Texts(things, [photos.texts_of(row) for row in range(4)], loaded.tokenizer, s)
+    batch = texts.collate([texts.transform(0, np.random.default_rng(seed)) for seed in range(8)])
+    objective = names.Naming(loaded.retrieval, before, s)
+
+    def moved(**values) -> tuple[float, float]:
+        run = names_settings(captioned, tmp_path, weights_of_tiny, f"run{len(values)}", **values)
+        names.train(run)
+        after = load_folder(run.out / "model").retrieval
+        with torch.no_grad():
+            pairs = zip(objective._read(after, batch), objective._read(loaded.retrieval, batch), strict=True)
+            return tuple((now - then).abs().mean().item() for now, then in pairs)
+
+    held, free = moved(), moved(hold_matching=0.0, hold_writing=0.0)
+    assert held[0] < 0.5 * free[0] and held[1] < 0.5 * free[1], (held, free)
 
 
 def test_names_need_a_wordnet_that_names_something(captioned, tmp_path, wordnet, weights_of_tiny):

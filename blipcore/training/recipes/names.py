@@ -9,7 +9,7 @@ trained.
 What the model knew is held: names that captions use and, with `--imagenet yes`, those of ImageNet's classes, which
 blip-mini was taught; captions' vectors and those of their words; and what ITM and the decoder make of captions and
 photos (a tied BLIP shares weights with its decoder). DIR holds captioned photos, WordNet's folder `data.noun` and
-`index.noun`. OUT/model is the result; its scoring is the start's, so `photoblip train hubness` should fit it anew.
+`index.noun`. OUT/model is the result, with the start's scoring but for hubness: `photoblip train hubness` fits it anew.
 """
 
 import copy
@@ -34,7 +34,7 @@ from blipcore.models.blip import Blip, starting_with
 from blipcore.models.text import image_keys_values, text_states
 from blipcore.training import distributed
 from blipcore.training.loop import fit, wants_bf16
-from blipcore.training.objectives import caption_labels
+from blipcore.training.objectives import caption_labels, cosines
 from blipcore.training.prototypes import TEMPLATES, ClassNames, in_sentences, is_plain
 from blipcore.training.settings import LoopSettings, as_script, run_and_print
 from blipcore.training.wordnet import CONCRETE, WordNet
@@ -58,8 +58,8 @@ class Settings(LoopSettings):
     images: Path | None = None  # an annotation file's photos, where they do not lie beside it
     dev: str = ""  # the split of `data` to watch; none: no evaluation
     photos: int = 4000  # of the data, whose order names learn
-    read: int = 300  # of these, whose image tokens are kept, to hold ITM and the decoder
-    names: int = 16000  # WordNet's, the tokenizer's whole words first
+    read: int = 300  # of these, whose image tokens are kept, to hold ITM and the decoder; one or more
+    names: int = 16000  # WordNet's, known ones and the tokenizer's whole words first
     often: int = 20  # times from which a word stands in captions so often that it counts as known
     imagenet: bool = False  # the names of ImageNet's classes are known too
     temperature: float = 0.05  # of the cosines of names and photos
@@ -109,19 +109,23 @@ def known_names(captions: Sequence[Sequence[str]], often: int, *, imagenet: bool
 def names_of_things(
     wordnet: WordNet, words: set[str], known: Callable[[str], bool], most: int, seed: int = 0
 ) -> list[Name]:
-    """Plain names of things that can be seen: those of a tokenizer's whole `words` first, then others at random."""
+    """Plain names whose most frequent meaning can be seen: known and common ones first, then others at random.
+
+    Args:
+        words: a tokenizer's whole words; a name of these is common.
+    """
     found = []
     for name, offsets in wordnet.senses.items():
         meanings = [wordnet.synsets[offset] for offset in offsets]
         seen = [meaning for meaning in meanings if meaning.field in FIELDS and meaning.above]
-        if seen and is_plain(name):
+        if seen and seen[0] is meanings[0] and is_plain(name):
             meaning = min(seen, key=lambda meaning: meaning.field == FOOD)  # the most frequent of the others
             synonyms = [word for word in meaning.words if word != name and is_plain(word)]
             kind = wordnet.synsets[meaning.above[0]].words[0]
             common = words.issuperset(name.split())
             found.append(Name(name, synonyms, kind, meaning.gloss, known(name), common))
     order = np.random.default_rng(seed).permutation(len(found))
-    return sorted((found[at] for at in order), key=lambda name: not name.common)[:most]
+    return sorted((found[at] for at in order), key=lambda name: not (name.known or name.common))[:most]
 
 
 class Known(NamedTuple):
@@ -190,7 +194,10 @@ def text_vectors(model: Blip, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 class Naming(nn.Module):
-    """A step's losses. The network is `model`; `before` is a copy of it that stays as it was."""
+    """A step's losses. The network is `model`; `before` is a copy of it that stays as it was.
+
+    Each process compares its own names and photos.
+    """
 
     def __init__(self, model: Blip, known: Known, s: Settings):
         super().__init__()
@@ -203,8 +210,8 @@ class Naming(nn.Module):
         """Args: batch: of `Texts.collate`."""
         s, model = self.settings, self.model
         seen = self.photos[torch.randperm(len(self.photos), device=self.photos.device)[: s.against]]
-        asked = text_vectors(model, batch["name_ids"], batch["name_mask"]) @ seen.T / s.temperature
-        wanted = self.wanted[batch["rows"]] @ seen.T / s.temperature
+        asked = cosines(text_vectors(model, batch["name_ids"], batch["name_mask"]), seen) / s.temperature
+        wanted = cosines(self.wanted[batch["rows"]], seen) / s.temperature
         found = {"photos": _divergence(asked, wanted), "names": _divergence(asked.T, wanted.T)}
         captions = batch["caption_ids"], batch["caption_mask"]
         moved = (text_vectors(model, *captions) * text_vectors(self.before, *captions)).sum(1)
@@ -278,7 +285,7 @@ def leave_alone(model: Blip, captions: Sequence[Sequence[str]], tokenizer: TextT
     free = torch.from_numpy(counts < often).to(words.device)
     free[:SPECIAL] = False
     free[min(model.dec_token_id, model.enc_token_id) :] = False
-    words.register_hook(lambda gradient: gradient * free[:, None])
+    words.register_hook(lambda gradient: gradient * free[:, None].to(gradient.device))
 
 
 def train(s: Settings) -> dict:
@@ -286,7 +293,8 @@ def train(s: Settings) -> dict:
     loaded = load_folder(find_model(s.start), s.start)
     model, tokenizer = loaded.need_blip(), loaded.tokenizer
     photos = open_captioned(s.data, s.split or None, images=s.images)
-    captions = [photos[row].captions for row in range(len(photos))]
+    # those of a damaged photo's place are the next one's, whose tokens are kept
+    captions = [photos[row].captions if row < s.read else photos.texts_of(row) for row in range(len(photos))]
     known = known_names(captions, s.often, imagenet=s.imagenet)
     names = names_of_things(WordNet(s.wordnet), tokenizer.words(), known, s.names, s.seed)
     if not names:
@@ -296,7 +304,7 @@ def train(s: Settings) -> dict:
     texts = Texts(names, captions, tokenizer, s)
     words = model.text_encoder.embeddings.word_embeddings.weight
     others = [p for p in model.parameters() if p.requires_grad and p is not words]
-    groups = [{"params": others}, {"params": [words], "scale": s.word_rate}]
+    groups = [{"params": others}, {"params": [words], "scale": s.word_rate, "weight_decay": 0.0}]
     dev = open_captioned(s.data, s.dev, images=s.images).load() if s.dev else None
     figures = fit(
         Naming(model, before, s),
