@@ -406,7 +406,7 @@ def test_the_names_of_imagenets_classes_may_count_as_known():
 
 
 def names_settings(captioned, tmp_path, start: str, out: str, **values) -> names.Settings:
-    defaults = {"steps": 60, "batch_size": 16, "rate": 1e-3, "device": "cpu", "precision": "fp32", "read": 4}
+    defaults = {"steps": 50, "batch_size": 16, "rate": 1e-3, "device": "cpu", "precision": "fp32", "read": 4}
     defaults |= {"captions": 8, "pairs": 4, "often": 2, "warmup": 1}
     return names.Settings(
         data=captioned, split="train", wordnet=tmp_path, start=start, out=tmp_path / out, **(defaults | values)

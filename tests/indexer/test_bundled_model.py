@@ -58,6 +58,6 @@ def test_the_shipped_folder_is_whole_and_small():
 
 @needs_shared_data
 def test_real_captions_find_their_photos_and_re_ranking_does_not_hurt():
-    itc, itm = retrieval(SHARED_DATA / "flickr8k", "dev", "blip-mini", rerank=16, limit=100)
-    assert itc["t2i"]["r1"] >= 60 and itc["t2i"]["r10"] >= 92
+    itc, itm = retrieval(SHARED_DATA / "flickr8k", "dev", "blip-mini", rerank=8, limit=60)
+    assert itc["t2i"]["r1"] >= 70 and itc["t2i"]["r10"] >= 96
     assert itm["t2i"]["r1"] >= itc["t2i"]["r1"] - 2
