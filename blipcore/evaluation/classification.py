@@ -169,11 +169,12 @@ def read_names(file: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read as class names: {error}") from error
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         folder, _, name = (part.strip() for part in line.partition("\t"))
-        if line.strip() and not (folder and name):
+        if not (folder and name):
             raise ModelError(f"{file}, line {number}: write a class's folder, a tab and its name")
-        if line.strip():
-            names[folder] = name
+        names[folder] = name
     return names
 
 

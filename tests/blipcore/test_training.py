@@ -18,6 +18,7 @@ from blipcore.models import presets
 from blipcore.models.weights import renamed
 from blipcore.training import prototypes, recipe_names, run_recipe
 from blipcore.training.datasets import CaptionedBatches, FrozenPrefixCache
+from blipcore.training.distillation import divergence
 from blipcore.training.loop import AveragedWeights, cosine_with_warmup, parameter_groups
 from blipcore.training.prototypes import ClassNames, ClassPrototypes
 from blipcore.training.recipes import (
@@ -434,7 +435,7 @@ def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
             ids, mask = loaded.tokenizer(lines)
             moved = 1 - (names.text_vectors(model, ids, mask) * names.text_vectors(loaded.retrieval, ids, mask)).sum(1)
             scores = [each @ before.photos.T / s.temperature for each in (bare, before.wanted)]
-            return names._divergence(*scores).item(), moved.max().item()
+            return divergence(*scores).item(), moved.max().item()
 
     figures = names.train(s)
     assert {"t2i", "i2t"} <= figures.keys()
@@ -485,9 +486,7 @@ def test_names_need_a_wordnet_that_names_something(captioned, tmp_path, wordnet,
     (tmp_path / "data.noun").write_text("00000080 06 n 01 stone 0 000 | near nothing\n")
     (tmp_path / "index.noun").write_text("stone n 1 0 1 0 00000080  \n")
     with pytest.raises(ModelError, match="names no things that can be seen"):
-        names.train(
-            names.Settings(data=captioned, split="train", wordnet=tmp_path, start=weights_of_tiny, out=tmp_path / "x")
-        )
+        names.train(names_settings(captioned, tmp_path, weights_of_tiny, "x"))
 
 
 def test_other_nouns_know_the_classes_nearest_to_them(wordnet):

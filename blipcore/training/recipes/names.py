@@ -33,6 +33,7 @@ from blipcore.hub import find_model
 from blipcore.models.blip import Blip, starting_with
 from blipcore.models.text import image_keys_values, text_states
 from blipcore.training import distributed
+from blipcore.training.distillation import divergence
 from blipcore.training.loop import fit, wants_bf16
 from blipcore.training.objectives import caption_labels, cosines
 from blipcore.training.prototypes import TEMPLATES, ClassNames, in_sentences, is_plain
@@ -212,39 +213,30 @@ class Naming(nn.Module):
         seen = self.photos[torch.randperm(len(self.photos), device=self.photos.device)[: s.against]]
         asked = cosines(text_vectors(model, batch["name_ids"], batch["name_mask"]), seen) / s.temperature
         wanted = cosines(self.wanted[batch["rows"]], seen) / s.temperature
-        found = {"photos": _divergence(asked, wanted), "names": _divergence(asked.T, wanted.T)}
+        found = {"photos": divergence(asked, wanted), "names": divergence(asked.T, wanted.T)}
         captions = batch["caption_ids"], batch["caption_mask"]
         moved = (text_vectors(model, *captions) * text_vectors(self.before, *captions)).sum(1)
         found["captions"] = s.hold_captions * (1 - moved).mean()
         (margin, words), (margin_before, words_before) = self._read(model, batch), self._read(self.before, batch)
         found["matching"] = s.hold_matching * F.mse_loss(margin, margin_before)
         if words is not None:
-            found["writing"] = s.hold_writing * _divergence(words, words_before)
+            found["writing"] = s.hold_writing * divergence(words, words_before)
         return {"loss": sum(found.values()), **{name: value.detach() for name, value in found.items()}}
 
     def _read(self, model: Blip, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """-> (ITM's margins of each photo with its caption and with the next photo's, the decoder's logits or None)"""
         ids, mask, tokens = batch["pair_ids"], batch["pair_mask"], self.tokens[batch["pair_photos"]].float()
         both_ids, both_mask = (torch.stack([x, x.roll(-1, 0)], 1).flatten(0, 1) for x in (ids, mask))
-        states = text_states(
-            model.text_encoder,
-            starting_with(model.enc_token_id, both_ids),
-            both_mask,
-            image_keys_values(model.text_encoder, tokens),
-        )
+        keys_values = image_keys_values(model.text_encoder, tokens)  # the decoder's too: it shares cross-attention
+        starts = starting_with(model.enc_token_id, both_ids)
+        states = text_states(model.text_encoder, starts, both_mask, keys_values)
         logits = model.itm_head(states[:, 0]).float()
         if not hasattr(model, "text_decoder"):
             return logits[:, 1] - logits[:, 0], None
         predicted = caption_labels(ids, mask)[:, 1:] >= 0
-        tower = model.text_decoder.bert
         starts = starting_with(model.dec_token_id, ids)
-        states = text_states(tower, starts, mask, image_keys_values(tower, tokens), causal=True)
+        states = text_states(model.text_decoder.bert, starts, mask, keys_values, causal=True)
         return logits[:, 1] - logits[:, 0], model.text_decoder.cls(states[:, :-1][predicted]).float()
-
-
-def _divergence(asked: Tensor, wanted: Tensor) -> Tensor:
-    """Kullback-Leibler, of rows of logits, averaged over the rows."""
-    return F.kl_div(asked.log_softmax(1), wanted.softmax(1), reduction="batchmean")
 
 
 class Texts:
