@@ -27,8 +27,8 @@ class Scoring:
 
     The defaults are BLIP's own: weight 1, and ITM's softmax as the probability. `calibrated` says whether the curve was
     fitted. `length_weight` is for texts of fewer words (`shortness`). `text_weight` is what all of a query's words
-    beside a photo are worth, on the scale of log odds. The likelihood is `centred`, and 0 of what the decoder did not
-    read; where its weight is 0, no decoder is asked.
+    beside a photo are worth, on the scale of log odds, and `written_weight` what they are where a model wrote them. The
+    likelihood is `centred`, and 0 of what the decoder did not read; where its weight is 0, no decoder is asked.
 
     `crowding_weight` is how much of a photo's crowding is taken from its cosines, and `text_crowding_weight` of a
     text's where texts are ranked for a photo (`blipcore.hubness`); the cosines that are given here are less by it.
@@ -41,6 +41,7 @@ class Scoring:
     calibrated: bool = False
     length_weight: float = 0.0
     text_weight: float = 10.0
+    written_weight: float = 2.0
     likelihood_weight: float = 0.0
     crowding_weight: float = 0.0
     text_crowding_weight: float = 0.0
@@ -59,20 +60,24 @@ class Scoring:
         margin: np.ndarray,
         itc: np.ndarray,
         short: np.ndarray = 0.0,
-        strength: np.ndarray = 0.0,
+        beside: tuple[np.ndarray, np.ndarray] = (0.0, 0.0),
         likelihood: np.ndarray = 0.0,
     ) -> np.ndarray:
         """-> the log odds of a match.
 
         Args:
             short: `shortness` of the text.
-            strength: how much of the words stands beside the photo, 0 to about 1. Half of them beside a photo say
-                nothing of the rest, so they leave its probability as it is.
+            beside: how much of the words people wrote beside the photo, and how much models did, 0 to about 1. Half of
+                them beside a photo say nothing of the rest, so they leave its probability as it is.
             likelihood: as `fused` takes it.
         """
         score = self.fused(margin, itc, likelihood) if self.calibrated else margin
-        beside = self.text_weight * np.clip(2 * np.asarray(strength) - 1, 0, 1)
-        return self.scale * score + self.bias + self.length_weight * np.asarray(short) + beside
+        said = self.beside(*(np.clip(2 * np.asarray(strength) - 1, 0, 1) for strength in beside))
+        return self.scale * score + self.bias + self.length_weight * np.asarray(short) + said
+
+    def beside(self, strength: np.ndarray, written: np.ndarray) -> np.ndarray:
+        """What the words beside a photo are worth, on the scale of log odds: those of people, and those of models."""
+        return self.text_weight * np.asarray(strength) + self.written_weight * np.asarray(written)
 
     def without_crowding(self) -> "Scoring":
         """This scoring for vectors of which it is not known where they crowd."""

@@ -43,7 +43,8 @@ def caption_candidates(  # noqa: PLR0913 - generation settings, as every library
     With `sample`, nucleus sampling (top_p 0.9, repetition penalty 1.1) as CapFilt draws its captions.
     """
     start = prompt_ids(tokenizer, prompt, model.dec_token_id)[0].to(image_embeds.device)
-    limits = Limits(max_length, min(min_length, max_length), NO_REPEAT)
+    # "a trampolpoline" is a piece of a word said twice
+    limits = Limits(max_length, min(min_length, max_length), NO_REPEAT, no_double=True)
     found, at_once = [], GPU_IMAGES if image_embeds.is_cuda else IMAGES
     for first in range(0, len(image_embeds), at_once):
         sources = image_embeds[first : first + at_once].to(model.text_decoder.dtype)

@@ -36,7 +36,7 @@ from indexer.geography import km_between
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
 SURE_CAPTION = 0.3  # a generated caption that the matching model believes less is not shown beside a photo
-HEAD = "0004"  # the newest migration: opening a catalog at this revision skips Alembic
+HEAD = "0005"  # the newest migration: opening a catalog at this revision skips Alembic
 _own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
 

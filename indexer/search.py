@@ -48,8 +48,8 @@ class SearchResult:
         question, answer: what was asked of the results, and this photo's answer (None: it could not be read).
         itc_rank, text_rank: its place among the photos found by their vectors, and by the words beside them; None
             where it is not among them.
-        likely: whether it is above the cut: likelier to be meant than not, or all of the words stand beside it; None
-            where it was not re-ranked.
+        likely: whether it is above the cut: likelier to be meant than not, or people wrote all of the words beside it;
+            None where it was not re-ranked.
         likelihood: how likely the decoder finds the words, in nats above the mean of the photos that it read; None of
             others.
         explainer: what `explain` asks; None where the query had no words.
@@ -433,8 +433,8 @@ class Searcher:
         query = query if condition is None else query.where(condition)
         rows = self.catalog.rows(query.order_by(Photo.taken_at.desc().nulls_last(), Photo.id.desc()).limit(wanted))
         ids = np.array([row.id for row in rows], np.int64)
-        nothing = np.zeros(len(ids), np.int64)
-        return Candidates(ids, None, nothing.astype(np.float32), nothing, nothing)
+        nothing, unread = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.float32)
+        return Candidates(ids, None, unread, unread, nothing, nothing)
 
     def _likelihoods(self, text: str, found: Candidates, margins: dict[int, float]) -> dict[int, float]:
         """What the decoder thinks of the best of those that ITM read, where the model's scoring asks for it."""
@@ -474,8 +474,9 @@ class Searcher:
             spoken_against = np.array([against[i] for i in named]) if against else None
             asked, weighed = [query.text] * len(read), [(likelihoods or {}).get(i) for i in named]
             told = self._told(
-                asked, named, [margins[i] for i in named], itc, found.strengths[read], spoken_against, weighed
-            )
+                asked, named, [margins[i] for i in named], itc, (found.strengths[read], found.written[read]),
+                spoken_against, weighed,
+            )  # fmt: skip
         rows = [
             _Row(photo_id, cosine, itc_rank or None, text_rank or None, **told.get(photo_id, {}))
             for photo_id, cosine, itc_rank, text_rank in zip(
@@ -492,11 +493,11 @@ class Searcher:
             return np.zeros(len(found.ids[rows]))
         return found.cosines[rows] - found.crowding[rows]
 
-    def _told(self, texts, ids, margins, cosines, strengths=0.0, against=None, likelihoods=None) -> dict[int, dict]:
+    def _told(self, texts, ids, margins, cosines, beside=(0.0, 0.0), against=None, likelihoods=None) -> dict[int, dict]:
         """What the second stage says of photos that it read, as fields of `_Row`.
 
         Args:
-            texts: [n], what each was read with. margins, cosines, strengths: [n].
+            texts: [n], what each was read with. margins, cosines: [n]. beside: strengths and written of the candidates.
             against: log odds [n, number of phrases], of what must not be there.
             likelihoods: [n], None of what the decoder did not read.
         """
@@ -505,8 +506,8 @@ class Searcher:
         scoring, margins = self.encoder.scoring, np.asarray(margins, np.float64)
         likelihoods = likelihoods or [None] * len(ids)
         nats = np.array([each or 0.0 for each in likelihoods])
-        score = scoring.scale * scoring.fused(margins, cosines, nats) + scoring.text_weight * strengths
-        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), strengths, nats))
+        score = scoring.scale * scoring.fused(margins, cosines, nats) + scoring.beside(*beside)
+        probability = sigmoid(scoring.log_odds(margins, cosines, shortness(texts), beside, nats))
         if against is not None:
             score = score - AGAINST * against.sum(1)
             probability = probability * [none_shown(each) for each in against]

@@ -24,6 +24,7 @@ class Limits(NamedTuple):
     max_length: int
     min_length: int = 0
     no_repeat: int = 0  # no sequence of so many tokens occurs twice in a text; 0: any may
+    no_double: bool = False  # no token follows itself
 
     def room(self, start: int, texts: int) -> int:
         """The most tokens of an image's texts together, whose start they share. Raises ValueError: no room for one."""
@@ -39,7 +40,7 @@ class Limits(NamedTuple):
             (row, column, token)
             for row, texts in enumerate(written)
             for column, text in enumerate(texts)
-            for token in _repeating(text, self.no_repeat)
+            for token in (*_repeating(text, self.no_repeat), *(text[-1:] if self.no_double else ()))
         ]
         if banned:
             logits[tuple(torch.tensor(banned, device=logits.device).T)] = -torch.inf

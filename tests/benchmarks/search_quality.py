@@ -1,8 +1,10 @@
 """How well search finds, through `PhotoLibrary.search`, on a split of Flickr8k with its five captions a photo.
 
     python -m tests.benchmarks.search_quality [--split dev] [--queries 500] [--only channels|nothing|exclusion]
+        [--beside nothing|model|people]
 
-Twice: over a library without any captions, and with the first of the five stored beside each photo as the user's own.
+Three times: over a library without any captions, with those that the model itself writes (as `photoblip caption
+--missing`), and with the first of the five stored beside each photo as the user's own.
 
 - channels: one of a photo's other four captions is asked for; recall@k of its photo.
 - nothing to find: captions, half of whose photos have been taken out; and things (tests.benchmarks.things), each asked
@@ -21,9 +23,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
+from sqlalchemy import delete
 
 from blipcore.layouts import read_captions
 from indexer import PhotoLibrary
+from indexer.schema import Caption
 from tests.benchmarks.machine import arguments, machine, table
 from tests.benchmarks.things import LEFT_OUT, SOUGHT, mentions
 from tests.tiny import SHARED_DATA
@@ -32,6 +36,11 @@ SHARE, LEAST = 0.5, 10
 BEST, DEPTH = 10, 100  # results that count for precision, and that are looked at
 GONE = "taken out"  # the album of photos that a query must not find
 DATA = SHARED_DATA / "flickr8k"
+BESIDE = {
+    "nothing": "no captions stored",
+    "model": "the model's own captions stored",
+    "people": "one caption stored beside each photo",
+}
 CHANNELS = ("vectors (ITC)", "words (full text)", "fused", "fused + re-ranked")
 
 
@@ -39,7 +48,7 @@ class Split:
     """A library of a split's photos, and what their captions say: rows are photos in the order of their ids.
 
     Attributes:
-        captions: the five of each photo. stored: whether the first of them stands beside it.
+        captions: the five of each photo. beside: what stands beside it, one of BESIDE.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -53,15 +62,18 @@ class Split:
         self.ids = self.library.present()
         names = [Path(self.library.photo(photo_id)["path"]).name for photo_id in self.ids]
         self.captions = [every[name] for name in names]
-        self.stored = False
-        for photo_id in self.ids:  # of a library that is used again
-            for caption in self.library.photo(photo_id)["captions"]:
-                self.library.edit_caption(photo_id, caption["text"], None)
+        self.beside = "nothing"
 
-    def store_captions(self) -> None:
-        for row, own in enumerate(self.captions):
-            self.library.add_caption(self.ids[row], own[0])
-        self.stored = True
+    def put_beside(self, what: str) -> None:
+        """One of BESIDE, in place of what was there."""
+        with self.library.catalog.transaction() as connection:
+            connection.execute(delete(Caption))
+        if what == "model":
+            self.library.caption(self.ids)
+        elif what == "people":
+            for row, own in enumerate(self.captions):
+                self.library.add_caption(self.ids[row], own[0])
+        self.beside = what
 
     def asked(self, count: int) -> list[tuple[int, str]]:
         """(row, one of its captions that are never stored), of photos drawn at random."""
@@ -193,7 +205,7 @@ def f1(said: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _beside(split: Split) -> str:
-    return "one caption stored beside each photo" if split.stored else "no captions stored"
+    return BESIDE[split.beside]
 
 
 EXPERIMENTS = {"channels": channels, "nothing": nothing, "exclusion": exclusion}
@@ -204,6 +216,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--queries", type=int, default=500, help="captions asked for")
     parser.add_argument("--only", choices=EXPERIMENTS, action="append")
+    parser.add_argument("--beside", choices=BESIDE, action="append", help="what stands beside the photos")
     parser.add_argument("--library", type=Path, help="where the library is built and kept; by default nowhere")
     options = parser.parse_args()
     with nullcontext(options.library) if options.library else tempfile.TemporaryDirectory() as folder:
@@ -216,11 +229,10 @@ def main() -> None:
             "",
         ]
         print("\n".join(lines), flush=True)
-        for stored in (False, True):
-            if stored:
-                split.store_captions()
+        for what in options.beside or BESIDE:
+            split.put_beside(what)
             for name in options.only or EXPERIMENTS:
-                if name != "channels" or stored:
+                if name != "channels" or what != "nothing":
                     found = EXPERIMENTS[name](split, options.queries)
                     print("\n".join(found), flush=True)
                     lines += found

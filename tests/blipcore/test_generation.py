@@ -1,6 +1,7 @@
 """Texts from a decoder against transformers' `generate`: the same tokens, whatever else is in the batch."""
 
 import tarfile
+from itertools import pairwise
 
 import pytest
 import torch
@@ -73,6 +74,22 @@ def test_tokens_equal_those_of_transformers(seed, start, beams, keep, limits):
         assert [texts[:keep] for texts in ours] == theirs
         ended |= {len(text) + len(start) < limits.max_length for texts in theirs for text in texts}
     assert True in ended  # some texts end, and so some images leave before others
+
+
+def doubled(text):
+    return any(token == after for token, after in pairwise(text))
+
+
+def test_no_token_follows_itself_where_that_is_asked():
+    start = torch.tensor(PROMPT)
+    for seed in range(4):
+        decoder, sources = tiny_decoder(seed)
+        with torch.no_grad():
+            decoder.cls.predictions.bias[2000] += 9.0  # a favourite word
+        free, bound = (beam_search(decoder, sources, start, Limits(12, 6, no_double=no)) for no in (False, True))
+        assert any(doubled(text) for texts in free for text in texts)
+        assert not any(doubled(text) for texts in bound for text in texts)
+        assert all(len(text) + len(PROMPT) >= 6 for texts in bound for text in texts)
 
 
 def test_what_is_read_may_be_padded():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, insert, select, text, update
 
 from indexer.catalog import HEAD, SURE_CAPTION, Catalog, now
-from indexer.full_text import FullText, having, quoted, subject, words
+from indexer.full_text import FIELDS, FullText, having, quoted, subject, words
 from indexer.jobs import store_caption
-from indexer.migrations.versions import v0004_full_text as migration
+from indexer.migrations.versions import v0005_written_by_models as migration
 from indexer.organise import tag, untag
 from indexer.schema import Caption, File, Photo, Root, Tag
 from tests.indexer.conftest import COLOURS, paint
@@ -51,7 +51,7 @@ def found(catalog, line, k=10, among=EVERY):
 def is_level(catalog):
     """Whether the table holds what it would hold if it were made anew."""
     with catalog.reading() as connection:
-        held = connection.execute(text("SELECT rowid, title, captions, tags, names FROM photo_texts ORDER BY 1")).all()
+        held = connection.execute(text(f"SELECT rowid, {FIELDS} FROM photo_texts ORDER BY 1")).all()
         connection.execute(text("INSERT INTO photo_texts (photo_texts) VALUES ('integrity-check')"))
         return held == connection.execute(text(f"{migration.ROW} ORDER BY 1")).all()
 
@@ -92,6 +92,24 @@ def test_strength_is_how_much_of_the_query_stands_there(catalog):
     assert 0.7 < hits.strengths[0] < 1.5 and hits.strengths[1] < 0.5 * hits.strengths[0]
     strange = FullText(catalog).search("red boat pier zeppelin", 10, EVERY)
     assert strange.strengths[0] < hits.strengths[0]
+
+
+def test_what_models_wrote_is_found_and_known_from_what_people_wrote(catalog):
+    add_caption(catalog, 1, "a red boat")
+    with catalog.transaction() as connection:
+        store_caption(connection, 2, "a red boat", "model", 0.9)
+        store_caption(connection, 3, "a boat", "model", 0.9)
+        connection.execute(insert(Tag).values(photo_id=3, name="Red", source="generated", created_at=now()))
+    hits = FullText(catalog).search("red boat", 10, EVERY)
+    assert hits.ids[0] == 1 and sorted(hits.ids) == [1, 2, 3] and hits.ranks[0] == 1 < hits.ranks[1]
+    assert hits.written[0] == 0 and not hits.strengths[1:].any()
+    assert (hits.written[1:] > 0).all() and is_level(catalog)
+    assert FullText(catalog).with_all_words("the red boat", [1, 2, 3]) == {1}
+    with catalog.transaction() as connection:
+        connection.execute(update(Tag).values(source="user"))
+    assert is_level(catalog)
+    hits = FullText(catalog).search("red", 10, np.array([3]))
+    assert hits.strengths[0] > 0 and hits.written[0] == 0
 
 
 def test_only_the_wanted_photos_are_found_and_as_many_as_there_are(catalog):

@@ -4,13 +4,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indexer.full_text import NOTHING, TextHits
-from indexer.fusion import RRF_K, fuse, tied_ranks
+from indexer.full_text import NOTHING, TextHits, tied_ranks
+from indexer.fusion import RRF_K, fuse
 
 
-def hits(*pairs):
+def hits(*pairs, written=0.0):
     ids, strengths = zip(*pairs, strict=True) if pairs else ((), ())
-    return TextHits(np.array(ids, np.int64), np.array(strengths, np.float32))
+    ranks, strengths = tied_ranks(np.array(strengths)), np.array(strengths, np.float32)
+    return TextHits(np.array(ids, np.int64), ranks, strengths * (1 - written), strengths * written)
 
 
 def test_a_photo_that_both_lists_hold_comes_before_the_first_of_either():
@@ -35,6 +36,16 @@ def test_texts_that_say_as_much_share_a_rank_and_the_vectors_decide():
     assert tied_ranks(np.array([4.0, 3.0, 3.0, 1.0])).tolist() == [1, 2, 2, 4]
     found = fuse(np.array([2, 1]), hits((1, 0.5), (2, 0.5)))
     assert found.ids.tolist() == [2, 1] and found.text_ranks.tolist() == [1, 1]
+
+
+def test_what_models_wrote_brings_photos_in_and_moves_none_that_the_vectors_found():
+    vectors = np.arange(1, 101)
+    found = fuse(vectors, hits((100, 1.0), (777, 0.9), (50, 0.8), written=1.0))
+    assert [photo for photo in found.ids.tolist() if photo != 777] == vectors.tolist()
+    assert 60 < found.ids.tolist().index(777) < 100
+    at = found.ids.tolist().index(100)
+    assert (found.text_ranks[at], found.strengths[at], found.written[at]) == (1, 0, 1)
+    assert fuse(vectors, hits((100, 1.0))).ids[0] == 100, "as people's words do"
 
 
 LISTS = st.lists(st.integers(1, 40), unique=True, max_size=20)

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import delete
 
 from blipcore.calibration import Scoring
 from indexer.errors import QueryError
+from indexer.jobs import store_caption
+from indexer.schema import Caption
 from indexer.search import SearchResults
 from tests.fakes import ColourEncoder
 from tests.indexer.conftest import COLOURS, paint
@@ -29,6 +32,26 @@ def test_a_word_in_a_caption_is_found_where_the_embedding_misses_it(library, pho
     hit = library.search("zeppelin")[0]
     assert names([hit]) == ["blue"] and hit.text_rank == 1 and hit.likely
     assert library.search("zeppelin", rerank=0)[0].text_rank == 1
+
+
+def test_what_a_model_wrote_is_found_and_says_less_than_what_people_wrote(library, photos):
+    def wrote(model, score):
+        with library.catalog.transaction() as connection:
+            connection.execute(delete(Caption))
+            store_caption(connection, photo_id(library, photos, "blue"), "a red zeppelin", model, score)
+
+    def found(line, **options):
+        return {names([hit])[0]: hit for hit in library.search(line, **options)}
+
+    wrote("captioner", 0.9)
+    order = names(library.search("red zeppelin", rerank=0))
+    by_model, worth = found("red zeppelin"), library.searcher().encoder.scoring
+    assert by_model["blue"].text_rank == 1 and not by_model["blue"].likely
+    wrote(None, None)
+    by_people = found("red zeppelin")
+    assert by_people["blue"].likely and by_people["blue"].probability > by_model["blue"].probability
+    assert names(library.search("red zeppelin", rerank=0))[0] == "blue" != order[0]
+    assert worth.text_weight > worth.written_weight > 0
 
 
 def test_a_photo_that_only_its_words_find_has_its_cosine_too(library, photos):
