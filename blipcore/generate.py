@@ -75,30 +75,9 @@ def tidy(text: str) -> str:
 
 # "a black jacket and black jacket"; a single word may be meant twice, as in "over and over" and "a man and a man"
 _SAID_TWICE = re.compile(r"\b(?!(?:an?|the) )((?:[\w'-]+ ){1,3}[\w'-]+) and (?:an? |the )?\1\b")
-_DANGLING = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "and",
-        "with",
-        "in",
-        "on",
-        "at",
-        "to",
-        "for",
-        "by",
-        "from",
-        "as",
-        "while",
-        "near",
-        "is",
-        "are",
-        ",",
-        "-",
-    ]
-)
+# "sitting on a bench in front": captions were cut where it was trained
+_NO_END = "a an the of and with in on at to for by from as while near next front is are his their its , -"
+_DANGLING = frozenset(_NO_END.split())
 
 
 def pick(candidates: Sequence[str], scores: Sequence[float]) -> Caption:
