@@ -68,16 +68,19 @@ def tidy(text: str) -> str:
     """Decoded WordPieces -> plain text: spaces and quotes put right, nothing said twice, no dangling article."""
     words = text.replace(" ' ", "'").replace(" - ", "-").replace(" ,", ",").split()
     words = [word for word, after in zip(words, [*words[1:], ""], strict=True) if word != after]
-    while words and words[-1] in _DANGLING:
-        words.pop()
-    return _SAID_TWICE.sub(r"\1", " ".join(words))
+    text = " ".join(words)
+    while (shorter := _UNFINISHED.sub("", text)) != text:
+        text = shorter
+    return _SAID_TWICE.sub(r"\1", text)
 
 
 # "a black jacket and black jacket"; a single word may be meant twice, as in "over and over" and "a man and a man"
 _SAID_TWICE = re.compile(r"\b(?!(?:an?|the) )((?:[\w'-]+ ){1,3}[\w'-]+) and (?:an? |the )?\1\b")
-# "sitting on a bench in front": captions were cut where it was trained
-_NO_END = "a an the of and with in on at to for by from as while near next front is are his their its , -"
-_DANGLING = frozenset(_NO_END.split())
+# "sitting on a bench in front of": captions were cut where it was trained
+_UNFINISHED = re.compile(
+    r"(?:^|\s)(?:in front(?: of)?|next to|,|-|"
+    r"an?|the|of|and|with|in|on|at|to|for|by|from|as|while|near|is|are|his|their|its)$"
+)
 
 
 def pick(candidates: Sequence[str], scores: Sequence[float]) -> Caption:

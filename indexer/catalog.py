@@ -36,6 +36,7 @@ from indexer.geography import km_between
 from indexer.schema import Caption, Embedding, Failure, File, Job, Model, Photo, Root, State
 
 SURE_CAPTION = 0.3  # a generated caption that the matching model believes less is not shown beside a photo
+PATIENCE = 30  # seconds that a writer waits for another
 HEAD = "0005"  # the newest migration: opening a catalog at this revision skips Alembic
 _own_jobs: set[int] = set()  # ids of the jobs at work in this process
 CHUNK = 500  # rows a query with many parameters takes at once
@@ -71,6 +72,11 @@ class Catalog:
         try:
             _migrate(self.engine)
         except DatabaseError as error:
+            if "locked" in str(error.orig):
+                raise LibraryError(
+                    f"{self.file} is in use by another program, which may be bringing it up to date: "
+                    "wait for it to end, then try again"
+                ) from error
             raise LibraryError(
                 f"{self.file} cannot be read as a catalog ({error.orig}): restore it from a backup, "
                 "or move it away and index again"
@@ -299,7 +305,7 @@ def add_root(connection: Connection, path: str) -> None:
 def _engine(file: Path) -> Engine:
     file.parent.mkdir(parents=True, exist_ok=True)
     address = URL.create("sqlite", database=str(file))  # not a string: the path may hold a "?"
-    engine = create_engine(address, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(address, connect_args={"timeout": PATIENCE, "check_same_thread": False})
 
     @event.listens_for(engine, "connect")
     def _configure(connection, _record):

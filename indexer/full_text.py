@@ -1,8 +1,8 @@
 """Words that stand beside the photos, found by SQLite's FTS5: captions, titles, tags, names of files and folders.
 
 The table `photo_texts` has a row a photo, kept by triggers in the transaction that changes what it is made of (see
-migrations 0004 and 0005). Ranked by BM25 (Robertson & Zaragoza 2009, sqlite.org/fts5.html); words are compared by their
-stems. What models wrote stands in a column of its own: it is found as well, and trusted less.
+migrations 0004 and 0005). What models wrote, which search trusts less, stands in a table of its own. Ranked by BM25
+(Robertson & Zaragoza 2009, sqlite.org/fts5.html); words are compared by their stems.
 """
 
 import math
@@ -12,15 +12,26 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import Boolean, Connection, Select, column, create_engine, insert, select, table, text
+from sqlalchemy import (
+    Boolean,
+    CompoundSelect,
+    Connection,
+    Select,
+    column,
+    create_engine,
+    insert,
+    select,
+    table,
+    text,
+    union,
+)
 from sqlalchemy.pool import StaticPool
 
 from indexer.catalog import Catalog, chunks
 from indexer.schema import Caption
 
-TABLE, OWN, WRITTEN = "photo_texts", ("title", "captions", "tags", "names"), "written"  # as migration 0005 has them
-FIELDS = ", ".join((*OWN, WRITTEN))
-FIELD_WEIGHT = 0.2  # of what models wrote, in the order of the photos
+TABLE, FIELDS = "photo_texts", "title, captions, tags, names"  # what people wrote, and names, as migration 0005 has it
+WRITTEN = "written_texts"  # captions and tags of models
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 MAX_WORDS = 40
 MAX_MATCHES = 20_000  # rows that BM25 ranks for one query: 2 microseconds each
@@ -49,50 +60,39 @@ def quoted(phrase: Iterable[str]) -> str:
     return '"' + " ".join(phrase).replace('"', '""') + '"'
 
 
-def having(phrase: Iterable[str]) -> Select:
-    """The ids of photos in whose texts these words stand one after another, as a subquery."""
-    texts = table(TABLE, column("rowid"), column(TABLE))
-    return select(texts.c.rowid).where(texts.c[TABLE].op("MATCH", return_type=Boolean())(quoted(phrase)))
+def having(phrase: Iterable[str]) -> CompoundSelect:
+    """The ids of photos in whose texts, or in what models wrote of them, these words stand one after another."""
+    line = quoted(phrase)
+    return union(*(_matching(name, line) for name in (TABLE, WRITTEN)))
 
 
-def _bm25(written: float) -> str:
-    return f"bm25({TABLE}, {', '.join(['1.0'] * len(OWN))}, {written})"
-
-
-_RANKED = text(f"""
-    SELECT rowid, {_bm25(FIELD_WEIGHT)} AS score, {_bm25(0.0)}, {_bm25(1.0)} FROM {TABLE}
-    WHERE {TABLE} MATCH :match ORDER BY score, rowid
-""")
+def _matching(name: str, line: str) -> Select:
+    texts = table(name, column("rowid"), column(name))
+    return select(texts.c.rowid).where(texts.c[name].op("MATCH", return_type=Boolean())(line))
 
 
 class TextHits(NamedTuple):
     """Photos by their texts, best first: ids int64 [n], and how much of the query's meaning stands there, float32 [n].
 
     A strength of 1 is all of the query's words; rare words count for more (BM25 over the sum of the words' IDF).
-
-    Attributes:
-        ranks: int64 [n], from 1; those that say as much share one.
-        strengths: of what people wrote and of names. written: how much more of it models wrote.
     """
 
     ids: np.ndarray
-    ranks: np.ndarray
     strengths: np.ndarray
-    written: np.ndarray
 
 
-NOTHING = TextHits(*np.zeros((2, 0), np.int64), *np.zeros((2, 0), np.float32))
+NOTHING = TextHits(np.zeros(0, np.int64), np.zeros(0, np.float32))
 
 
 class FullText:
     """Ranks a catalog's photos by their texts.
 
     Args:
-        source: a catalog, or what else has its `reading` and such a table.
+        source: a catalog, or what else has its `reading` and such a table. name: the table's, TABLE or WRITTEN.
     """
 
-    def __init__(self, source: "Catalog | _Copy"):
-        self.source = source
+    def __init__(self, source: "Catalog | _Copy", name: str = TABLE):
+        self.source, self.name = source, name
 
     def search(self, line: str, k: int, among: np.ndarray) -> TextHits:
         """The k best of the photos `among` (ids int64, sorted) that hold some of the words of `line`.
@@ -100,50 +100,41 @@ class FullText:
         Words that stand beside more than MAX_MATCHES photos are looked for only in company of rarer ones.
         """
         with self.source.reading() as connection:
-            count = connection.execute(text(f"SELECT count(*) FROM {TABLE}_docsize")).scalar()
+            count = connection.execute(text(f"SELECT count(*) FROM {self.name}_docsize")).scalar()
             weighed = self._weigh(connection, subject(line), count)
             chosen = _rarest(weighed)
             if not chosen or not len(among) or k <= 0:
                 return NOTHING
             total = sum(_idf(held, count) for _, held in weighed)
+            query = text(f"SELECT rowid, rank FROM {self.name} WHERE {self.name} MATCH :match ORDER BY rank, rowid")
             matches = " OR ".join(quoted([word]) for word in chosen)
-            rows = connection.execution_options(yield_per=ROWS).execute(_RANKED, {"match": matches})
-            found = []
+            rows = connection.execution_options(yield_per=ROWS).execute(query, {"match": matches})
+            ids, strengths = [], []
             for part in rows.partitions():
-                here = _isin_sorted(np.array([row.rowid for row in part], np.int64), among)
-                found += [tuple(part[at]) for at in np.flatnonzero(here)]
-                if len(found) >= k:
+                found = np.array([row.rowid for row in part], np.int64)
+                for at in np.flatnonzero(_isin_sorted(found, among)):
+                    ids.append(found[at])
+                    strengths.append(-part[at].rank / total)
+                if len(ids) >= k:
                     break
             rows.close()
-        if not found:
-            return NOTHING
-        ids, scores, own, every = map(np.array, zip(*found[:k], strict=True))
-        strengths = -np.stack([own, every - own]) / total
-        return TextHits(ids.astype(np.int64), tied_ranks(-scores), *strengths.astype(np.float32))
+        return TextHits(np.array(ids[:k], np.int64), np.array(strengths[:k], np.float32))
 
     def with_all_words(self, line: str, ids: Iterable[int]) -> frozenset[int]:
-        """Of these photos those beside which people wrote every word of `line` that has a subject."""
+        """Of these photos those beside which every word of `line` stands that has a subject."""
         if not (wanted := subject(line)):
             return frozenset()
-        matches = f"{{{' '.join(OWN)}}}: ({' AND '.join(quoted([word]) for word in wanted)})"
-        texts = table(TABLE, column("rowid"), column(TABLE))
-        query = select(texts.c.rowid).where(texts.c[TABLE].op("MATCH", return_type=Boolean())(matches))
+        query = _matching(self.name, " AND ".join(quoted([word]) for word in wanted))
         with self.source.reading() as connection:
-            found = (connection.execute(query.where(texts.c.rowid.in_(part))) for part in chunks(ids))
+            found = (connection.execute(query.where(column("rowid").in_(part))) for part in chunks(ids))
             return frozenset(row.rowid for rows in found for row in rows)
 
     def _weigh(self, connection, line_words: Iterable[str], count: int) -> list[tuple[str, int]]:
         """Each word with the number of photos it stands beside."""
-        query = text(f"SELECT count(*) FROM {TABLE} WHERE {TABLE} MATCH :match")
+        query = text(f"SELECT count(*) FROM {self.name} WHERE {self.name} MATCH :match")
         return [
             (word, min(count, connection.execute(query, {"match": quoted([word])}).scalar())) for word in line_words
         ]
-
-
-def tied_ranks(descending: np.ndarray) -> np.ndarray:
-    """Ranks from 1 of sorted values; equal ones share the first of theirs, as 1, 2, 2, 4."""
-    begins = np.concatenate([[True], descending[1:] != descending[:-1]])[: len(descending)]
-    return np.maximum.accumulate(np.where(begins, np.arange(1, len(descending) + 1), 0))
 
 
 def subject(line: str) -> tuple[str, ...]:
@@ -191,8 +182,8 @@ class _Copy:
 
 
 def without_captions(catalog: Catalog, caption_ids: Collection[int]) -> FullText:
-    """The full text as it would be without some of people's captions, so that these can be asked for."""
-    texts = table(TABLE, *(column(name) for name in ("rowid", *OWN, WRITTEN)))
+    """What people wrote as it would be without some captions: to ask with them, and not to find them by themselves."""
+    texts = table(TABLE, *(column(name) for name in ("rowid", "title", "captions", "tags", "names")))
     held_out, copy = frozenset(caption_ids), _Copy()
     with copy.reading() as connection:
         connection.execute(text(f"CREATE VIRTUAL TABLE {TABLE} USING fts5({FIELDS}, tokenize = '{TOKENIZER}')"))

@@ -20,7 +20,7 @@ from indexer.catalog import Catalog, is_present
 from indexer.errors import QueryError
 from indexer.exclusion import AGAINST, Exclusion, none_shown
 from indexer.filters import Where, compile_filters
-from indexer.full_text import NOTHING, FullText
+from indexer.full_text import NOTHING, WRITTEN, FullText
 from indexer.fusion import Candidates, fuse
 from indexer.language import Reading, reading
 from indexer.query import Query, Term
@@ -48,8 +48,8 @@ class SearchResult:
         question, answer: what was asked of the results, and this photo's answer (None: it could not be read).
         itc_rank, text_rank: its place among the photos found by their vectors, and by the words beside them; None
             where it is not among them.
-        likely: whether it is above the cut: likelier to be meant than not, or people wrote all of the words beside it;
-            None where it was not re-ranked.
+        likely: whether it is above the cut: likelier to be meant than not, or people wrote all of the words beside it,
+            or they were asked for in quotation marks; None where it was not re-ranked.
         likelihood: how likely the decoder finds the words, in nats above the mean of the photos that it read; None of
             others.
         explainer: what `explain` asks; None where the query had no words.
@@ -176,12 +176,12 @@ class Searcher:
     def __init__(self, catalog: Catalog, index: VectorIndex, encoder, model_row, reranker: Reranker, open_query):
         self.catalog, self.index, self.encoder = catalog, index, encoder
         self.model, self.reranker, self.open_query = model_row, reranker, open_query
-        self.texts = FullText(catalog)
+        self.texts, self.written = FullText(catalog), FullText(catalog, WRITTEN)
         self._known_texts: dict[str, np.ndarray] = {}
         self._sampled: tuple[int, np.ndarray] | None = None
 
     def with_texts(self, texts: FullText) -> "Searcher":
-        """This searcher with another full text."""
+        """This searcher with another full text of what people wrote."""
         other = copy(self)
         other.texts = texts
         return other
@@ -407,7 +407,8 @@ class Searcher:
             order = np.argsort(excluded.likeness(ids).sum(1) - self.standing(ids, vector), kind="stable")
             ids, itc = ids[order], itc[order]
         searchable = self.index.ids() if among is None else among
-        found = fuse(ids, self.texts.search(query.text, wanted, searchable) if query.text else NOTHING)
+        texts = (self.texts, self.written) if query.text else ()
+        found = fuse(ids, *([each.search(query.text, wanted, searchable) for each in texts] or [NOTHING]))
         if vector is None:  # words that the model cannot read are looked for beside the photos alone
             return found.only(~np.isin(found.ids, query.photo_ids))
         known = dict(zip(ids.tolist(), itc.tolist(), strict=True))

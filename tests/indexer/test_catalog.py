@@ -30,7 +30,7 @@ def test_migrations_make_exactly_the_tables(catalog):
 
 def is_modelled(name, kind, _parents) -> bool:
     """The full text is no table of SQLAlchemy's: FTS5 keeps it in several, and triggers fill it."""
-    return not (kind == "table" and name.startswith("photo_texts"))
+    return not (kind == "table" and name.startswith(("photo_texts", "written_texts")))
 
 
 def test_head_is_the_newest_migration():
@@ -57,6 +57,14 @@ def test_a_catalog_that_cannot_be_written_is_one_sentence(catalog):
     with pytest.raises(LibraryError, match="cannot be written"), catalog.transaction() as connection:
         connection.exec_driver_sql("PRAGMA query_only = 1")
         connection.execute(insert(Root).values(path="/a", added_at=now()))
+
+
+def test_a_catalog_that_another_program_is_bringing_up_to_date_is_said_so(catalog, monkeypatch):
+    monkeypatch.setattr("indexer.catalog.PATIENCE", 0.1)
+    with catalog.transaction() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+    with catalog.transaction(), pytest.raises(LibraryError, match="in use by another program"):
+        Catalog(catalog.file)
 
 
 def test_two_processes_may_open_a_new_library_at_once(tmp_path):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, insert, select, text, update
 
 from indexer.catalog import HEAD, SURE_CAPTION, Catalog, now
-from indexer.full_text import FIELDS, FullText, having, quoted, subject, words
+from indexer.full_text import TABLE, WRITTEN, FullText, having, quoted, subject, words
 from indexer.jobs import store_caption
-from indexer.migrations.versions import v0005_written_by_models as migration
+from indexer.migrations.versions import v0005_written_texts as migration
 from indexer.organise import tag, untag
 from indexer.schema import Caption, File, Photo, Root, Tag
 from tests.indexer.conftest import COLOURS, paint
@@ -45,15 +45,22 @@ EVERY = np.arange(1, 100)
 
 
 def found(catalog, line, k=10, among=EVERY):
-    return FullText(catalog).search(line, k, among).ids.tolist()
+    lists = [FullText(catalog, name).search(line, k, among).ids.tolist() for name in (TABLE, WRITTEN)]
+    return [*lists[0], *lists[1]]
 
 
 def is_level(catalog):
     """Whether the table holds what it would hold if it were made anew."""
     with catalog.reading() as connection:
-        held = connection.execute(text(f"SELECT rowid, {FIELDS} FROM photo_texts ORDER BY 1")).all()
-        connection.execute(text("INSERT INTO photo_texts (photo_texts) VALUES ('integrity-check')"))
-        return held == connection.execute(text(f"{migration.ROW} ORDER BY 1")).all()
+        for name, fields, made in (
+            ("photo_texts", "title, captions, tags, names", migration.ROW),
+            ("written_texts", "captions, tags", f"SELECT * FROM ({migration.WRITTEN})"),
+        ):
+            held = connection.execute(text(f"SELECT rowid, {fields} FROM {name} ORDER BY 1")).all()
+            connection.execute(text(f"INSERT INTO {name} ({name}) VALUES ('integrity-check')"))
+            if held != connection.execute(text(f"{made} ORDER BY 1")).all():
+                return False
+    return True
 
 
 # -- finding --------------------------------------------------------------------------------------------------
@@ -94,22 +101,28 @@ def test_strength_is_how_much_of_the_query_stands_there(catalog):
     assert strange.strengths[0] < hits.strengths[0]
 
 
-def test_what_models_wrote_is_found_and_known_from_what_people_wrote(catalog):
+def test_what_models_wrote_stands_apart(catalog):
     add_caption(catalog, 1, "a red boat")
+    before = FullText(catalog).search("red boat", 10, EVERY)
     with catalog.transaction() as connection:
+        store_caption(connection, 1, "a dog runs over a field of high green grass", "model", 0.9)
         store_caption(connection, 2, "a red boat", "model", 0.9)
-        store_caption(connection, 3, "a boat", "model", 0.9)
-        connection.execute(insert(Tag).values(photo_id=3, name="Red", source="generated", created_at=now()))
-    hits = FullText(catalog).search("red boat", 10, EVERY)
-    assert hits.ids[0] == 1 and sorted(hits.ids) == [1, 2, 3] and hits.ranks[0] == 1 < hits.ranks[1]
-    assert hits.written[0] == 0 and not hits.strengths[1:].any()
-    assert (hits.written[1:] > 0).all() and is_level(catalog)
-    assert FullText(catalog).with_all_words("the red boat", [1, 2, 3]) == {1}
+        store_caption(connection, 3, "the weather is red", "model", 0.9)
+        connection.execute(insert(Tag).values(photo_id=3, name="Boat", source="generated", created_at=now()))
+    after = FullText(catalog).search("red boat", 10, EVERY)
+    assert after.ids.tolist() == [1] and after.strengths.tolist() == before.strengths.tolist(), "nothing is diluted"
+    assert FullText(catalog).with_all_words("the red boat", [1, 2, 3]) == {1} and is_level(catalog)
+    written = FullText(catalog, WRITTEN)
+    assert sorted(written.search("red boat", 10, EVERY).ids) == [2, 3]
+    assert [row[0] for row in catalog.rows(having(("red", "boat")))] == [1, 2], (
+        "the caption's end and the tag are no phrase"
+    )
     with catalog.transaction() as connection:
         connection.execute(update(Tag).values(source="user"))
-    assert is_level(catalog)
-    hits = FullText(catalog).search("red", 10, np.array([3]))
-    assert hits.strengths[0] > 0 and hits.written[0] == 0
+    assert found(catalog, "boat", among=np.array([3])) == [3] and is_level(catalog)
+    with catalog.transaction() as connection:
+        connection.execute(delete(Caption))
+    assert written.search("red boat", 10, EVERY).ids.size == 0 and is_level(catalog)
 
 
 def test_only_the_wanted_photos_are_found_and_as_many_as_there_are(catalog):
@@ -235,15 +248,19 @@ def test_a_library_stays_level_through_its_life(library, photos, open_library):
 
 def test_a_library_from_before_gets_its_full_text(library):
     library.add_caption(1, "my zeppelin")
+    library.caption([2])
+    written = library.photo(2)["captions"][0]["text"]
     with library.catalog.transaction() as connection:
         for name in migration.TRIGGERS:
             connection.execute(text(f"DROP TRIGGER photo_texts_{name}"))
         connection.execute(text("DROP TABLE photo_texts"))
+        connection.execute(text("DROP TABLE written_texts"))
         connection.execute(text("UPDATE alembic_version SET version_num = '0003'"))
     library.close()
     for _ in range(2):  # the second time changes nothing
         catalog = Catalog(library.catalog.file)
         assert catalog.scalar(text("SELECT version_num FROM alembic_version")) == HEAD
         assert is_level(catalog) and found(catalog, "zeppelin") == [1]
+        assert FullText(catalog, WRITTEN).search(written, 9, EVERY).ids.tolist() == [2]
         assert catalog.rows(select(Photo.id)) and len(COLOURS) == 4
         catalog.close()

@@ -1,17 +1,17 @@
 """Two ranked lists become one, by ranks alone."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indexer.full_text import NOTHING, TextHits, tied_ranks
-from indexer.fusion import RRF_K, fuse
+from indexer.full_text import NOTHING, TextHits
+from indexer.fusion import RRF_K, fuse, tied_ranks
 
 
-def hits(*pairs, written=0.0):
+def hits(*pairs):
     ids, strengths = zip(*pairs, strict=True) if pairs else ((), ())
-    ranks, strengths = tied_ranks(np.array(strengths)), np.array(strengths, np.float32)
-    return TextHits(np.array(ids, np.int64), ranks, strengths * (1 - written), strengths * written)
+    return TextHits(np.array(ids, np.int64), np.array(strengths, np.float32))
 
 
 def test_a_photo_that_both_lists_hold_comes_before_the_first_of_either():
@@ -38,14 +38,24 @@ def test_texts_that_say_as_much_share_a_rank_and_the_vectors_decide():
     assert found.ids.tolist() == [2, 1] and found.text_ranks.tolist() == [1, 1]
 
 
-def test_what_models_wrote_brings_photos_in_and_moves_none_that_the_vectors_found():
-    vectors = np.arange(1, 101)
-    found = fuse(vectors, hits((100, 1.0), (777, 0.9), (50, 0.8), written=1.0))
-    assert [photo for photo in found.ids.tolist() if photo != 777] == vectors.tolist()
-    assert 60 < found.ids.tolist().index(777) < 100
-    at = found.ids.tolist().index(100)
-    assert (found.text_ranks[at], found.strengths[at], found.written[at]) == (1, 0, 1)
-    assert fuse(vectors, hits((100, 1.0))).ids[0] == 100, "as people's words do"
+def test_what_models_wrote_brings_photos_in_and_moves_none_that_were_found():
+    vectors, texts = np.arange(1, 101), hits((200, 0.9), (3, 0.4))
+    without = fuse(vectors, texts).ids.tolist()
+    many = hits((100, 1.7), (200, 1.7), *((photo, 1.7) for photo in range(300, 400)))
+    found = fuse(vectors, texts, many)
+    ids = found.ids.tolist()
+    assert [photo for photo in ids if photo < 300] == without
+    assert [photo for photo in ids if photo >= 300] == list(range(300, 400))
+    assert ids.index(300) > 60 and sum(photo >= 300 for photo in ids[:100]) < 20
+    at = ids.index(100)
+    assert found.written[at] == pytest.approx(1.7) and found.strengths[at] == 0 and found.itc_ranks[at] == 100
+    ranks = {photo: found.text_ranks[ids.index(photo)] for photo in (200, 3, 100, 300, 50)}
+    assert ranks == {200: 1, 3: 2, 100: 3, 300: 5, 50: 0}
+
+
+def test_without_vectors_models_words_come_behind_peoples():
+    found = fuse(np.zeros(0, np.int64), hits((7, 0.2)), hits((8, 1.5), (7, 1.0), (9, 0.9)))
+    assert found.ids.tolist() == [7, 8, 9] and found.text_ranks.tolist() == [1, 2, 4]
 
 
 LISTS = st.lists(st.integers(1, 40), unique=True, max_size=20)

@@ -43,10 +43,11 @@ def test_what_a_model_wrote_is_found_and_says_less_than_what_people_wrote(librar
     def found(line, **options):
         return {names([hit])[0]: hit for hit in library.search(line, **options)}
 
-    wrote("captioner", 0.9)
     order = names(library.search("red zeppelin", rerank=0))
+    wrote("captioner", 0.9)
+    assert names(library.search("red zeppelin", rerank=0)) == order, "a model's words move nothing that vectors found"
     by_model, worth = found("red zeppelin"), library.searcher().encoder.scoring
-    assert by_model["blue"].text_rank == 1 and not by_model["blue"].likely
+    assert by_model["blue"].text_rank == 2 and not by_model["blue"].likely, "after the file that is called red"
     wrote(None, None)
     by_people = found("red zeppelin")
     assert by_people["blue"].likely and by_people["blue"].probability > by_model["blue"].probability
