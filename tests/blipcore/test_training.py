@@ -361,15 +361,19 @@ WORDNET = """
 @pytest.fixture
 def wordnet(tmp_path):
     """A few meanings in WordNet's own format."""
+    write_wordnet(tmp_path, WORDNET)
+    return WordNet(tmp_path)
+
+
+def write_wordnet(folder, meanings: str) -> None:
     senses: dict[str, list[str]] = {}
-    for line in WORDNET.strip().splitlines():
+    for line in meanings.strip().splitlines():
         fields = line.split()
         for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]:
             senses.setdefault(word.lower(), []).append(fields[0])
     index = [f"{w} n {len(at)} 1 @ {len(at)} 0 {' '.join(at)}  " for w, at in senses.items()]
-    for name, lines in (("data.noun", WORDNET.strip().splitlines()), ("index.noun", index)):
-        (tmp_path / name).write_text("\n".join(["  1 a line of the licence", *lines]) + "\n")
-    return WordNet(tmp_path)
+    for name, lines in (("data.noun", meanings.strip().splitlines()), ("index.noun", index)):
+        (folder / name).write_text("\n".join(["  1 a line of the licence", *lines]) + "\n")
 
 
 def test_kinds_come_from_wordnets_files(wordnet):
@@ -386,19 +390,38 @@ def weights_of_tiny(tmp_path):
     return str(save(tiny_blip(), tmp_path / "tiny", TextTokenizer(TOKENIZER), mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
-def test_names_come_with_wordnets_words_the_common_ones_first(wordnet):
+SENSES = """
+00000041 27 n 01 leopard 0 001 @ 00000030 n 0000 | its fur
+00000042 12 n 01 mean 0 001 @ 00000030 n 0000 | a feeling
+00000043 12 n 01 mean 1 001 @ 00000030 n 0000 | another
+00000044 12 n 01 mean 2 001 @ 00000030 n 0000 | a third
+00000066 05 n 01 leopard 1 001 @ 00000060 n 0000 | a spotted cat
+00000067 06 n 01 mean 3 001 @ 00000030 n 0000 | a device that nobody means
+00000068 05 n 01 silver_carp 0 001 @ 00000060 n 0000 | it swims as well
+"""
+
+
+def test_names_come_with_what_wordnet_says_known_ones_and_single_words_first(tmp_path):
+    write_wordnet(tmp_path, WORDNET.rstrip() + SENSES)
+    wordnet = WordNet(tmp_path)
     known = names.known_names([["two Carps", "a carp"], ["a big thing"]], 2, imagenet=False)
     assert known("carp") and not known("thing") and not known("carp thing")
-    found = names.names_of_things(wordnet, {"plane", "carp"}, known, 100)
-    assert {name.name for name in found if name.common} == {"carp", "plane"} == {name.name for name in found[:2]}
+    found = names.names_of_things(wordnet, known, 100)
+    assert (found[0].name, found[-1].name) == ("carp", "silver carp")
     by_name = {name.name: name for name in found}
     assert "stone" not in by_name and "fish" not in by_name and "joy" not in by_name  # no kind, or not to be seen
     assert by_name["plane"].synonyms == ["airplane"] and by_name["plane"].kind == "aircraft"
     assert by_name["carp"].described() == ("carp, a kind of fish", "carp, it swims too")
     assert by_name["bass"].kind == "fish"  # the animal before the dish that people speak of more
-    assert {name: by_name[name].drawn() for name in ("carp", "plane", "tench")} == {"carp": 3, "plane": 6, "tench": 1}
-    assert names.names_of_things(wordnet, set(), known, 1)[0].name == "carp"  # what is known is there to be held
-    assert len(names.names_of_things(wordnet, set(), known, 3)) == 3
+    assert by_name["leopard"].gloss == "a spotted cat"  # not its fur, which is meant more often
+    assert "mean" not in by_name  # the device is hardly ever meant
+    assert {name: by_name[name].drawn() for name in ("carp", "plane", "silver carp")} == {
+        "carp": 3,
+        "plane": 3,
+        "silver carp": 1,
+    }
+    assert names.names_of_things(wordnet, known, 1)[0].name == "carp"  # what is known is there to be held
+    assert len(names.names_of_things(wordnet, known, 3)) == 3
 
 
 def test_the_names_of_imagenets_classes_may_count_as_known():
@@ -420,7 +443,7 @@ def test_bare_names_learn_what_the_described_ones_find_and_the_rest_stays(
     loaded = load_folder(Path(weights_of_tiny))
     s = names_settings(captioned, tmp_path, weights_of_tiny, "out", dev="dev")
     known = names.known_names([["a tench"]], 1, imagenet=False)
-    things = names.names_of_things(wordnet, loaded.tokenizer.words(), known, s.names)
+    things = names.names_of_things(wordnet, known, s.names)
     before = names.what_it_knows(loaded, open_captioned(captioned, "train"), things, s)
     assert before.photos.shape == (8, 256) and len(before.tokens) == 4
     bare = names._embed(loaded.retrieval, loaded.tokenizer, [thing.name for thing in things])
@@ -464,7 +487,7 @@ def test_what_itm_and_the_decoder_say_is_held(captioned, tmp_path, wordnet, weig
     loaded = load_folder(Path(weights_of_tiny))
     s = names_settings(captioned, tmp_path, weights_of_tiny, "held")
     photos = open_captioned(captioned, "train")
-    things = names.names_of_things(wordnet, set(), lambda _: False, 9)
+    things = names.names_of_things(wordnet, lambda _: False, 9)
     before = names.what_it_knows(loaded, photos, things, s)
     texts = names.Texts(things, [photos.texts_of(row) for row in range(4)], loaded.tokenizer, s)
     batch = texts.collate([texts.transform(0, np.random.default_rng(seed)) for seed in range(8)])

@@ -43,7 +43,8 @@ from blipcore.transforms import TextTokenizer, squash
 
 FIELDS = (*CONCRETE, 8, 17)  # and parts of the body, things in nature
 FOOD = 13  # a lobster is an animal first
-DRAWN_KNOWN, DRAWN_COMMON = 3, 6  # times as often as others: known names, and names of a tokenizer's whole words
+MEANINGS = 3  # of a name, the most frequent: one of them can be seen, as the animal of "leopard", the fur before it
+DRAWN = 3  # times as often as names of two words, which are mostly told by their words
 SPECIAL = 1000  # BERT's first ids are no words
 GLOSS = 120  # characters
 
@@ -60,7 +61,7 @@ class Settings(LoopSettings):
     dev: str = ""  # the split of `data` to watch; none: no evaluation
     photos: int = 4000  # of the data, whose order names learn
     read: int = 300  # of these, whose image tokens are kept, to hold ITM and the decoder; one or more
-    names: int = 16000  # WordNet's, known ones and the tokenizer's whole words first
+    names: int = 30000  # WordNet's, known ones and single words first
     often: int = 20  # times from which a word stands in captions so often that it counts as known
     imagenet: bool = False  # the names of ImageNet's classes are known too
     temperature: float = 0.05  # of the cosines of names and photos
@@ -82,7 +83,7 @@ class Name(NamedTuple):
     """A thing's name, and what WordNet calls it and says of it.
 
     Attributes:
-        known: whether the start knows it: then it stays where it is. common: whether all its words are a tokenizer's.
+        known: whether the start knows it: then it stays where it is.
     """
 
     name: str
@@ -90,14 +91,13 @@ class Name(NamedTuple):
     kind: str
     gloss: str
     known: bool
-    common: bool
 
     def described(self) -> tuple[str, str]:
         """The name with its kind, and with its gloss."""
         return f"{self.name}, a kind of {self.kind}", f"{self.name}, {self.gloss[:GLOSS]}"
 
     def drawn(self) -> int:
-        return DRAWN_KNOWN if self.known else DRAWN_COMMON if self.common else 1
+        return DRAWN if self.known or " " not in self.name else 1
 
 
 def known_names(captions: Sequence[Sequence[str]], often: int, *, imagenet: bool) -> Callable[[str], bool]:
@@ -107,26 +107,19 @@ def known_names(captions: Sequence[Sequence[str]], often: int, *, imagenet: bool
     return lambda name: name in classes or all(said[word] + said[word + "s"] >= often for word in name.split())
 
 
-def names_of_things(
-    wordnet: WordNet, words: set[str], known: Callable[[str], bool], most: int, seed: int = 0
-) -> list[Name]:
-    """Plain names whose most frequent meaning can be seen: known and common ones first, then others at random.
-
-    Args:
-        words: a tokenizer's whole words; a name of these is common.
-    """
+def names_of_things(wordnet: WordNet, known: Callable[[str], bool], most: int, seed: int = 0) -> list[Name]:
+    """Plain names of which a frequent meaning can be seen: known ones and single words first, else at random."""
     found = []
     for name, offsets in wordnet.senses.items():
-        meanings = [wordnet.synsets[offset] for offset in offsets]
+        meanings = [wordnet.synsets[offset] for offset in offsets[:MEANINGS]]
         seen = [meaning for meaning in meanings if meaning.field in FIELDS and meaning.above]
-        if seen and seen[0] is meanings[0] and is_plain(name):
+        if seen and is_plain(name):
             meaning = min(seen, key=lambda meaning: meaning.field == FOOD)  # the most frequent of the others
             synonyms = [word for word in meaning.words if word != name and is_plain(word)]
             kind = wordnet.synsets[meaning.above[0]].words[0]
-            common = words.issuperset(name.split())
-            found.append(Name(name, synonyms, kind, meaning.gloss, known(name), common))
+            found.append(Name(name, synonyms, kind, meaning.gloss, known(name)))
     order = np.random.default_rng(seed).permutation(len(found))
-    return sorted((found[at] for at in order), key=lambda name: not (name.known or name.common))[:most]
+    return sorted((found[at] for at in order), key=lambda name: (not name.known, name.drawn() != DRAWN))[:most]
 
 
 class Known(NamedTuple):
@@ -288,7 +281,7 @@ def train(s: Settings) -> dict:
     # those of a damaged photo's place are the next one's, whose tokens are kept
     captions = [photos[row].captions if row < s.read else photos.texts_of(row) for row in range(len(photos))]
     known = known_names(captions, s.often, imagenet=s.imagenet)
-    names = names_of_things(WordNet(s.wordnet), tokenizer.words(), known, s.names, s.seed)
+    names = names_of_things(WordNet(s.wordnet), known, s.names, s.seed)
     if not names:
         raise ModelError(f"{s.wordnet} names no things that can be seen: give WordNet's folder of data.noun")
     before = what_it_knows(loaded, photos, names, s)
