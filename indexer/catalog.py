@@ -4,6 +4,7 @@ Writers go through `Catalog.transaction()`; readers through the query methods. N
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -70,7 +71,7 @@ class Catalog:
         self.file = Path(file)
         self.engine = _engine(self.file)
         try:
-            _migrate(self.engine)
+            _migrate_patiently(self.engine)
         except DatabaseError as error:
             if "locked" in str(error.orig):
                 raise LibraryError(
@@ -316,6 +317,18 @@ def _engine(file: Path) -> Engine:
         connection.create_function("km_between", 4, km_between, deterministic=True)
 
     return engine
+
+
+def _migrate_patiently(engine: Engine) -> None:
+    """`_migrate`, again while another program does it: SQLite does not wait where a new file changes to WAL."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _migrate(engine)
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
 
 
 def _migrate(engine: Engine) -> None:
