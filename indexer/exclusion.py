@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sqlalchemy import Boolean, column, select, table
 
-from indexer.catalog import chunks
-from indexer.full_text import TABLE, quoted, subject
+from indexer.full_text import quoted, subject
 from indexer.kinds import names
 from indexer.language import reading
 
@@ -62,11 +60,7 @@ class Exclusion:
         matches = " OR ".join(f"({' AND '.join(quoted([word]) for word in line)})" for line in wanted if line)
         if not matches:
             return np.zeros(len(ids), bool)
-        beside = table(TABLE, column("rowid"), column(TABLE))
-        query = select(beside.c.rowid).where(beside.c[TABLE].op("MATCH", return_type=Boolean())(matches))
-        with self.searcher.texts.source.reading() as connection:
-            parts = [connection.execute(query.where(beside.c.rowid.in_(part))) for part in chunks(ids.tolist())]
-            return np.isin(ids, [row.rowid for rows in parts for row in rows])
+        return np.isin(ids, list(self.searcher.texts.matched(matches, ids.tolist())))
 
     def likeness(self, ids: np.ndarray) -> np.ndarray:
         """float64 [n, number of phrases]: how near photos are to each, in standard deviations over the library's mean.

@@ -124,7 +124,11 @@ class FullText:
         """Of these photos those beside which every word of `line` stands that has a subject."""
         if not (wanted := subject(line)):
             return frozenset()
-        query = _matching(self.name, " AND ".join(quoted([word]) for word in wanted))
+        return self.matched(" AND ".join(quoted([word]) for word in wanted), ids)
+
+    def matched(self, line: str, ids: Iterable[int]) -> frozenset[int]:
+        """Of these photos those whose texts a line of FTS5's language matches."""
+        query = _matching(self.name, line)
         with self.source.reading() as connection:
             found = (connection.execute(query.where(column("rowid").in_(part))) for part in chunks(ids))
             return frozenset(row.rowid for rows in found for row in rows)

@@ -51,7 +51,7 @@ class Candidates:
         return Candidates(self.ids[rows], cosines, *texts, self.itc_ranks[rows], self.text_ranks[rows], crowding)
 
 
-def fuse(itc_ids: np.ndarray, texts: TextHits, written: TextHits = NOTHING, k: float = RRF_K) -> Candidates:
+def fuse(itc_ids: np.ndarray, texts: TextHits = NOTHING, written: TextHits = NOTHING, k: float = RRF_K) -> Candidates:
     """The photos of all lists, without their cosines: those of photos that only the texts found are not known.
 
     Args:

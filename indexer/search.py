@@ -20,7 +20,7 @@ from indexer.catalog import Catalog, is_present
 from indexer.errors import QueryError
 from indexer.exclusion import AGAINST, Exclusion, none_shown
 from indexer.filters import Where, compile_filters
-from indexer.full_text import NOTHING, WRITTEN, FullText
+from indexer.full_text import WRITTEN, FullText
 from indexer.fusion import Candidates, fuse
 from indexer.language import Reading, reading
 from indexer.query import Query, Term
@@ -408,7 +408,7 @@ class Searcher:
             ids, itc = ids[order], itc[order]
         searchable = self.index.ids() if among is None else among
         texts = (self.texts, self.written) if query.text else ()
-        found = fuse(ids, *([each.search(query.text, wanted, searchable) for each in texts] or [NOTHING]))
+        found = fuse(ids, *(each.search(query.text, wanted, searchable) for each in texts))
         if vector is None:  # words that the model cannot read are looked for beside the photos alone
             return found.only(~np.isin(found.ids, query.photo_ids))
         known = dict(zip(ids.tolist(), itc.tolist(), strict=True))

@@ -97,7 +97,7 @@ def channels(split: Split, count: int) -> list[str]:
     recall = {k: 100 * (np.array(places) <= k).mean(0) for k in (1, 5, 10)}
     rows = [(name, *(f"{recall[k][at]:.1f}" for k in recall)) for at, name in enumerate(CHANNELS)]
     gain = f"R@1 of the last less the better of the first two: {recall[1][3] - recall[1][:2].max():+.1f}"
-    title = f"### Channels, {len(places)} captions, {_beside(split)}"
+    title = f"### Channels, {len(places)} captions, {BESIDE[split.beside]}"
     return [title, "", *table(("searched by", *(f"R@{k}" for k in recall)), rows), gain, ""]
 
 
@@ -105,7 +105,7 @@ def nothing(split: Split, count: int) -> list[str]:
     """Whether search knows that there is nothing to find."""
     rows = [("captions", *_detection(*_captions_asked(split, count))), ("things", *_detection(*_things_asked(split)))]
     head = ("asked", "n", "AUROC probability", "AUROC cosine", "F1 default cut", "F1 cosine's best cut")
-    return [f"### Nothing to find, {_beside(split)}", "", *table(head, rows)]
+    return [f"### Nothing to find, {BESIDE[split.beside]}", "", *table(head, rows)]
 
 
 def _captions_asked(split: Split, count: int) -> tuple[list, list]:
@@ -167,7 +167,7 @@ def exclusion(split: Split, _: int) -> list[str]:
     base = found["vector subtraction"]
     rows = [(way, f"{value:.3f}", f"{value / base:.2f}") for way, value in found.items()]
     head = ("way", f"precision@{BEST}", "to subtraction")
-    return [f"### X without Y, {len(pairs)} pairs, {_beside(split)}", "", *table(head, rows)]
+    return [f"### X without Y, {len(pairs)} pairs, {BESIDE[split.beside]}", "", *table(head, rows)]
 
 
 def _precision(split: Split, hits: Iterable, relevant: np.ndarray) -> float:
@@ -202,10 +202,6 @@ def auroc(score: np.ndarray, truth: np.ndarray) -> float:
 
 def f1(said: np.ndarray, truth: np.ndarray) -> float:
     return float(2 * (said & truth).sum() / max(1, said.sum() + truth.sum()))
-
-
-def _beside(split: Split) -> str:
-    return BESIDE[split.beside]
 
 
 EXPERIMENTS = {"channels": channels, "nothing": nothing, "exclusion": exclusion}

@@ -39,14 +39,11 @@ TRIGGERS = v0004_full_text.TRIGGERS | {
 }
 
 
-def renew(which: str) -> str:
-    """Statements that make the rows of these photos anew."""
-    return f"""
-        DELETE FROM photo_texts WHERE rowid IN ({which});
-        DELETE FROM written_texts WHERE rowid IN ({which});
-        {FILL} WHERE p.id IN ({which});
-        {FILL_WRITTEN} WHERE id IN ({which});
-    """
+def renew(which: str, *, written: bool) -> str:
+    """Statements that make the rows of these photos anew, where asked also those of what models wrote."""
+    own = f"DELETE FROM photo_texts WHERE rowid IN ({which}); {FILL} WHERE p.id IN ({which});"
+    models = f"DELETE FROM written_texts WHERE rowid IN ({which}); {FILL_WRITTEN} WHERE id IN ({which});"
+    return own + (models if written else "")
 
 
 def upgrade() -> None:
@@ -60,4 +57,5 @@ def upgrade() -> None:
     op.execute(FILL_WRITTEN)
     for name, (event, condition, which) in TRIGGERS.items():
         when = f"WHEN {condition}" if condition else ""
-        op.execute(f"CREATE TRIGGER photo_texts_{name} AFTER {event} {when} BEGIN {renew(which)} END")
+        statements = renew(which, written=name.startswith(("captions", "tags")))  # no file and no folder changes it
+        op.execute(f"CREATE TRIGGER photo_texts_{name} AFTER {event} {when} BEGIN {statements} END")
